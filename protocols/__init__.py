@@ -1,0 +1,20 @@
+"""The protocols: who holds and trains what, and what may cross. One file a protocol; one lookup."""
+
+from protocols.record import Protocol
+from protocols.split import SPLIT
+from splitfl.errors import UsageError, nearest
+
+PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (SPLIT,)}
+
+__all__ = ["PROTOCOLS", "Protocol", "protocol_named"]
+
+
+def protocol_named(name: str) -> Protocol:
+    """The protocol called `name`.
+
+    Raises:
+        UsageError: no such protocol; names the closest.
+    """
+    if name not in PROTOCOLS:
+        raise UsageError(f"There is no protocol {name!r}.", hint=nearest(name, PROTOCOLS))
+    return PROTOCOLS[name]

@@ -1,0 +1,1 @@
+"""Benchmarks: each figure stands beside a reference measured in the same run."""

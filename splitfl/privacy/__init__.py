@@ -1,0 +1,1 @@
+"""What may leave, under which bound."""
