@@ -1,0 +1,274 @@
+"""How a model is cut: find the layer stack, make the plan, keep only one side's layers. No family is named here.
+
+The Hugging Face model stays whole as a skeleton. Each layer that a side does not hold is replaced by a `PassThrough`,
+so layer indices, per-index settings (`layer_types`, sliding windows), module names and cache slots never move.
+
+    layer        0 .. b-1     b               b+1 .. n-t-1     n-t .. n-1
+    party        real         remote trunk    pass-through     real
+    owner        pass-through real            real             pass-through
+
+A pass-through still advances its slot of the KV cache, because the library reads the sequence length and sizes its
+masks from cache slots that may belong to the other side. Its entry holds one number a position: the row it belongs to.
+From that the party sees every reorder, repeat or selection that `generate()` makes, and tells the owner
+(`party.remote`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from splitfl.errors import ModelError
+from splitfl.wire.messages import WIRE_VERSION
+
+Task = Literal["causal-lm", "sequence-classification"]
+
+# Arguments by which a layer receives more than hidden state, mask, positions and its own cache slot. What they carry
+# would have to cross the cut too, and a design that sends it has not been worked out: such models are refused.
+_FOREIGN_ARGUMENTS = {
+    "per_layer_input": "it feeds every layer its own embedding of the token ids",
+    "shared_kv_states": "its layers share keys and values across the cut",
+    "cache_params": "its layers are state-space models with a cache of their own",
+    "original_hidden_states": "its layers read the embedding output again, past the cut",
+    "v1": "its layers read values of the first layer, past the cut",
+}
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The cut plus all that both sides must agree on. Written to ``splitfl.json`` in the kit."""
+
+    wire_version: int = WIRE_VERSION
+    model_type: str
+    task: Task
+    layers: int
+    """Number of layers n of the whole model."""
+    bottom: int
+    """b: the party holds layers [0, b)."""
+    top: int
+    """t: the party holds layers [n-t, n)."""
+    stack: str
+    """Module path of the layer list in the base model, for instance ``layers`` or ``encoder.layer``."""
+    returns_tuple: bool
+    """Whether a layer of this family returns a tuple rather than the hidden state."""
+    width: int
+    """D: size of the hidden state at the cut."""
+    dtype: str
+    """Dtype the two sides compute in unless told otherwise, for instance ``bfloat16``."""
+    layer_types: tuple[str, ...] = ()
+    tied: bool = False
+    """Whether input embedding and output head share one tensor (both are in the kit)."""
+    max_length: int | None = None
+    """Longest sequence the model's positions allow; None if unbounded."""
+    trunk: str
+    """Fingerprint of the trunk's tensors and of the settings they run under."""
+
+    @property
+    def trunk_layers(self) -> range:
+        """Indices of the layers that stay with the owner."""
+        return range(self.bottom, self.layers - self.top)
+
+    @property
+    def party_layers(self) -> list[int]:
+        """Indices of the layers that the party holds."""
+        return [i for i in range(self.layers) if i not in self.trunk_layers]
+
+    @property
+    def digest(self) -> str:
+        """Hash over every field: two sides with the same digest made the same plan."""
+        return hashlib.blake2b(msgspec.json.encode(self, order="sorted"), digest_size=16).hexdigest()
+
+
+def find_stack(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The one list of transformer layers in a base model, and its module path.
+
+    Raises:
+        ModelError: there is none, there are several, or its layers need more than the cut can carry.
+    """
+    config = base.config
+    family = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelError(f"A {family} model is an encoder-decoder.", expected="a causal LM or an encoder classifier")
+    depth = config.get_text_config().num_hidden_layers
+    stacks = [
+        (name, module)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and all("hidden_states" in _parameters(layer) for layer in module)
+    ]
+    if len(stacks) != 1:
+        raise ModelError(
+            f"A {family} model has {len(stacks)} lists of {depth} layers; one was looked for.",
+            expected="a model whose layers stand in one list and take `hidden_states`",
+        )
+    name, layers = stacks[0]
+    for layer in layers:
+        for argument in _FOREIGN_ARGUMENTS.keys() & _parameters(layer):
+            raise ModelError(
+                f"A {family} model cannot be cut: {_FOREIGN_ARGUMENTS[argument]} (`{argument}`).",
+                expected="layers that depend on hidden state, mask, positions and their own cache slot alone",
+            )
+    return name, layers
+
+
+def _parameters(layer: nn.Module) -> set[str]:
+    return set(inspect.signature(layer.forward).parameters)
+
+
+def check_cut(layers: int, bottom: int, top: int) -> None:
+    """Refuse a cut that leaves no trunk or no top.
+
+    Raises:
+        ModelError: with the numbers that are allowed.
+    """
+    if bottom < 0 or top < 0 or bottom + top >= layers:
+        raise ModelError(
+            f"Cut --bottom {bottom} --top {top} does not fit a model of {layers} layers.",
+            expected=f"both at least 0, and together at most {layers - 1} so that a trunk remains",
+        )
+
+
+class PassThrough(nn.Module):
+    """Stands where a layer is that this side does not hold: returns the hidden state and counts the cache slot.
+
+    Small plain attributes of the layer it replaces (`attention_type`, `layer_idx`, ...) are kept, since some families
+    read them from outside.
+    """
+
+    def __init__(self, replaced: nn.Module, index: int, returns_tuple: bool) -> None:
+        super().__init__()
+        for name, value in vars(replaced).items():
+            if not name.startswith("_") and isinstance(value, str | int | float | bool) and name != "training":
+                setattr(self, name, value)
+        self.index = index
+        self.returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Hidden state in, hidden state out, in the family's own return form."""
+        cache = cache_among(args, kwargs)
+        if cache is not None:
+            count_positions(cache, self.index, hidden_states)
+        return self.form(hidden_states)
+
+    def form(self, hidden_states: torch.Tensor) -> Any:
+        """`hidden_states` the way a layer of this family returns it."""
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+def cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The KV cache among a layer's arguments; families name it `past_key_values` or `layer_past`."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
+def count_positions(cache: Cache, index: int, hidden: torch.Tensor) -> None:
+    """Advance slot `index` of `cache` by the positions of `hidden` [B, T, D] without keys or values.
+
+    The entry is the row number of each position, [B, 1, T, 1]: width 0 would read as empty.
+    """
+    slot = slot_of(cache, index)
+    if isinstance(slot, LinearAttentionCacheLayerMixin):
+        slot.has_previous_state = dict.fromkeys(slot.has_previous_state, True)
+    if slot is None or isinstance(slot, CacheLayerMixin):
+        rows = torch.arange(hidden.shape[0], device=hidden.device).view(-1, 1, 1, 1)
+        entry = rows.expand(-1, 1, hidden.shape[1], 1)
+        cache.update(entry, entry, index)
+
+
+def slot_of(cache: Cache, index: int) -> Any:
+    """Slot `index` of `cache`, or None if it has not been made yet."""
+    return cache.layers[index] if index < len(cache.layers) else None
+
+
+def module_at(base: nn.Module, path: str) -> nn.ModuleList:
+    """The layer list at module `path`."""
+    found = base.get_submodule(path)
+    assert isinstance(found, nn.ModuleList)  # noqa: S101  the path came from `find_stack` of the same class
+    return found
+
+
+def entrance(base: nn.Module, path: str) -> nn.Module:
+    """The innermost module around the layer list at `path` that takes 2-D mask, positions and embeddings.
+
+    That call builds the masks and rotary tables; some families (OPT) reach it without passing through the base model.
+
+    Raises:
+        ModelError: no module around the layers takes `inputs_embeds`.
+    """
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = base.get_submodule(".".join(parts[:depth]))
+        if {"inputs_embeds", "attention_mask"} <= _parameters(module):
+            return module
+    raise ModelError(
+        f"No module around {path} takes `inputs_embeds` and `attention_mask`.",
+        expected="a model that can be entered behind its embeddings",
+    )
+
+
+def keep_party_layers(base: PreTrainedModel, plan: Plan) -> None:
+    """Replace the trunk of `base` in place by pass-throughs."""
+    layers = module_at(base, plan.stack)
+    for index in plan.trunk_layers:
+        layers[index] = PassThrough(layers[index], index, plan.returns_tuple)
+
+
+def keep_trunk_layers(base: PreTrainedModel, plan: Plan) -> None:
+    """Replace everything of `base` in place but its trunk: layers by pass-throughs, the rest by `Void`."""
+    layers = module_at(base, plan.stack)
+    for index in plan.party_layers:
+        layers[index] = PassThrough(layers[index], index, plan.returns_tuple)
+    for parent, name, module in list(_weighted_leaves(base, layers)):
+        setattr(parent, name, Void(module))
+
+
+def _weighted_leaves(root: nn.Module, skip: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Modules outside `skip` that own parameters themselves, as (parent, name, module)."""
+    for name, child in root.named_children():
+        if child is skip:
+            continue
+        if next(child.parameters(recurse=False), None) is not None:
+            yield root, name, child
+        else:
+            yield from _weighted_leaves(child, skip)
+
+
+class Void(nn.Module):
+    """Stands at the owner where an embedding, projection or norm of the party is.
+
+    What it returns only has to have a shape that the embedding stage can add up: the state at the door of the trunk
+    replaces it (`model_owner.trunk`).
+    """
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        sizes = [getattr(replaced, name, None) for name in ("embedding_dim", "out_features")]
+        self.size: int | None = next((size for size in sizes if size is not None), None)
+        self.embedding = hasattr(replaced, "embedding_dim")
+        self.embedding_dim = sizes[0]
+
+    def forward(self, states: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Zeros of the width the replaced module gave, or the input unchanged."""
+        if self.size is None:
+            return states
+        if self.embedding:
+            return torch.zeros(1, 1, self.size)
+        return states.new_zeros(*states.shape[:-1], self.size)
+
+
+def max_length_of(config: PreTrainedConfig) -> int | None:
+    """Longest sequence that the model's position table allows, or None where positions are computed without bound."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    # RoBERTa-like models start counting after the padding index, so two places of the table are never reached.
+    offset = text.pad_token_id + 1 if text.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return limit - offset

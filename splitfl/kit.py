@@ -1,0 +1,261 @@
+"""The kit: the directory a data holder receives. Config, tokenizer, bottom and top weights, plan; never a trunk tensor.
+
+config.json, generation_config.json     of the whole model, unchanged
+tokenizer files                         if the model has any
+model*.safetensors                      tensors of bottom and top, under the names of the whole model
+splitfl.json                            the plan (`splitfl.cut.Plan`)
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from splitfl.cut import Plan, Task, check_cut, entrance, find_stack, max_length_of, module_at
+from splitfl.errors import ModelError
+from splitfl.load import (
+    fingerprint_trunk,
+    is_trunk_tensor,
+    load_config,
+    load_party_side,
+    model_class,
+    quiet_library,
+    tensor_names,
+)
+from splitfl.wire.messages import WIRE_VERSION
+
+PLAN_FILE = "splitfl.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kit:
+    """An opened kit: its plan, and loaders for the rest."""
+
+    path: Path
+    plan: Plan
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The whole model's configuration."""
+        return load_config(self.path)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ModelError: the kit holds none.
+        """
+        tokenizer = load_tokenizer(self.path)
+        if tokenizer is None:
+            raise ModelError(
+                f"Kit {self.path} holds no tokenizer, which rows of text need.",
+                hint="ask the owner to put the tokenizer's files into the model directory and write the kit again",
+            )
+        return tokenizer
+
+    def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Bottom and top on the CPU; the trunk's places are pass-throughs until a remote trunk is put in."""
+        return load_party_side(self.path, self.plan, dtype=dtype or DTYPES[self.plan.dtype])
+
+
+@dataclass(frozen=True, kw_only=True)
+class KitSummary:
+    """What `write_kit` gave away, for people."""
+
+    plan: Plan
+    given_parameters: int
+    all_tensors: int
+    given_tensors: int
+    new_head: list[str]
+    bytes: int
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`, or None if there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    with quiet_library():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def make_plan(
+    model_dir: Path,
+    *,
+    bottom: int,
+    top: int,
+    task: Task = "causal-lm",
+    dtype: str = "auto",
+    config: PreTrainedConfig | None = None,
+) -> Plan:
+    """Work out the plan for a model directory; reads the trunk's bytes once, for their fingerprint.
+
+    Raises:
+        ModelError: the model cannot be cut, or not there.
+    """
+    config = config or load_config(model_dir)
+    with torch.device("meta"), quiet_library():
+        base = model_class(config, task)(config).base_model
+    stack, layers = find_stack(base)
+    entrance(base, stack)
+    check_cut(len(layers), bottom, top)
+    text = config.get_text_config()
+    width, returns_tuple = _probe_layer(config, task, stack)
+    plan = Plan(
+        model_type=config.model_type,
+        task=task,
+        layers=len(layers),
+        bottom=bottom,
+        top=top,
+        stack=stack,
+        returns_tuple=returns_tuple,
+        width=width,
+        dtype=_dtype_name(dtype, config),
+        layer_types=tuple(getattr(text, "layer_types", None) or ()),
+        tied=bool(config.tie_word_embeddings),
+        max_length=max_length_of(config),
+        trunk="",
+    )
+    return msgspec.structs.replace(plan, trunk=fingerprint_trunk(model_dir, plan))
+
+
+def _dtype_name(asked: str, config: PreTrainedConfig) -> str:
+    name = str(config.dtype or "float32").removeprefix("torch.") if asked == "auto" else asked
+    if name not in DTYPES:
+        raise ModelError(f"Dtype {name!r} cannot be used.", expected=", ".join(DTYPES))
+    return name
+
+
+class _FirstLayerReached(Exception):
+    def __init__(self, width: int, is_tuple: bool) -> None:
+        self.width, self.is_tuple = width, is_tuple
+
+
+def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int, bool]:
+    """Width of the hidden state, and whether a layer returns a tuple: run the first layer of the class and look.
+
+    Runs on a skeleton whose parameters are zeros and whose other layers are gone, so no checkpoint is touched.
+    """
+    with init_empty_weights(include_buffers=False), quiet_library():
+        model = model_class(config, task)(copy.deepcopy(config)).eval()
+    layers = module_at(model.base_model, stack)
+    for index in range(1, len(layers)):
+        layers[index] = nn.Identity()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
+
+    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        raise _FirstLayerReached(hidden.shape[-1], isinstance(output, tuple))
+
+    handle = layers[0].register_forward_hook(look)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)
+    except _FirstLayerReached as found:
+        return found.width, found.is_tuple
+    finally:
+        handle.remove()
+    raise ModelError(f"The first layer of this {config.model_type} model was never run in a forward pass.")
+
+
+def write_kit(
+    model_dir: Path,
+    out: Path,
+    *,
+    bottom: int,
+    top: int,
+    task: Task = "causal-lm",
+    dtype: str = "auto",
+    label_names: list[str] | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> KitSummary:
+    """Cut the model in `model_dir` and write the kit to `out`; all of it or nothing.
+
+    Args:
+        label_names: classes of a sequence classification; gives the head its size where the checkpoint has none.
+        seed: draws a classification head that the checkpoint lacks.
+
+    Raises:
+        ModelError: the model cannot be cut there, or `out` exists.
+    """
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ModelError(f"{out} exists and is not empty.", hint="choose another directory, or add --overwrite")
+    config = load_config(model_dir)
+    if label_names:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: index for index, name in enumerate(label_names)}
+    plan = make_plan(model_dir, bottom=bottom, top=top, task=task, dtype=dtype, config=config)
+    torch.manual_seed(seed)
+    checkpoint = tensor_names(model_dir)
+    model = load_party_side(
+        model_dir, plan, dtype=DTYPES[plan.dtype], config=config, new_head=task == "sequence-classification"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        staging.chmod(0o755)
+        with quiet_library():
+            model.save_pretrained(staging)
+            tokenizer = load_tokenizer(model_dir)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+        (staging / PLAN_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
+        given = tensor_names(staging)
+        _assert_no_trunk(given, plan)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return KitSummary(
+        plan=plan,
+        given_parameters=sum(p.numel() for p in model.parameters()),
+        all_tensors=len(checkpoint),
+        given_tensors=len(given),
+        new_head=sorted(set(given) - set(checkpoint)) if task == "sequence-classification" else [],
+        bytes=sum(file.stat().st_size for file in out.iterdir()),
+    )
+
+
+def _assert_no_trunk(names: dict[str, Path], plan: Plan) -> None:
+    leaked = [name for name in names if is_trunk_tensor(name, plan)]
+    assert not leaked, f"trunk tensors in the kit: {leaked[:3]}"  # noqa: S101  a bug of ours, never the user's
+
+
+def open_kit(path: Path) -> Kit:
+    """Open the kit at `path`.
+
+    Raises:
+        ModelError: not a kit, damaged, or of another wire version.
+    """
+    file = path / PLAN_FILE
+    if not file.is_file():
+        raise ModelError(
+            f"{path} is not a kit: it has no {PLAN_FILE}.", hint="write one with `splitfl kit OUT --model DIR`"
+        )
+    try:
+        plan = msgspec.json.decode(file.read_bytes(), type=Plan)
+    except msgspec.MsgspecError as error:
+        raise ModelError(
+            f"{file} cannot be read: {error}.", hint="write the kit again with the owner's version of splitfl"
+        ) from error
+    if plan.wire_version != WIRE_VERSION:
+        raise ModelError(
+            f"Kit {path} speaks wire version {plan.wire_version}, this splitfl version {WIRE_VERSION}.",
+            hint="install the owner's version of splitfl, or ask for a new kit",
+        )
+    return Kit(path=path, plan=plan)
