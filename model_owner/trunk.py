@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from splitfl.cut import Plan, cache_among, count_positions, entrance, module_at
+from splitfl.cut import Plan, Void, cache_among, count_positions, entrance, module_at
 from splitfl.errors import WireError
 from splitfl.link import TrunkRequest
 
@@ -105,7 +105,9 @@ class Trunk:
 
     def _run(self, hidden: torch.Tensor, request: TrunkRequest, cache: Cache | None) -> torch.Tensor:
         batch, length, _ = hidden.shape
-        stand_in = torch.zeros((), device=self.device, dtype=self.dtype).expand(batch, length, self._embedding_width)
+        # Not a number, so that whatever a layer took of it besides the state at the door would show.
+        stand_in = torch.full((), torch.nan, device=self.device, dtype=self.dtype)
+        stand_in = stand_in.expand(batch, length, self._embedding_width)
         arguments: dict[str, Any] = {
             "inputs_embeds": stand_in,
             "attention_mask": None if request.mask is None else request.mask.to(self.device, torch.int64),
@@ -138,8 +140,9 @@ class Trunk:
 
 
 def _embedding_width(base: PreTrainedModel, plan: Plan) -> int:
-    embedding = base.get_input_embeddings()
-    return int(getattr(embedding, "embedding_dim", None) or plan.width)
+    """Width that the embedding stage expects, before any projection to the width of the hidden state."""
+    widths = (getattr(module, "embedding_dim", None) for module in base.modules() if isinstance(module, Void))
+    return next((int(width) for width in widths if width is not None), plan.width)
 
 
 def _rewind(cache: Cache, request: TrunkRequest) -> None:
@@ -154,9 +157,7 @@ def _rewind(cache: Cache, request: TrunkRequest) -> None:
         held = _rows_of(cache)
         if held is not None and max(request.rows) >= held:
             raise CacheMismatchError(f"The request names row {max(request.rows)} of a cache of {held} rows.")
-        order = torch.tensor(request.rows)
-        for slot in cache.layers:
-            slot.batch_select_indices(order)
+        cache.reorder_cache(torch.tensor(request.rows))
     if request.past < length:
         try:
             cache.crop(request.past - length)

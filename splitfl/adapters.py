@@ -86,7 +86,7 @@ def lora_config(
         layers_to_transform=plan.party_layers,
         layers_pattern=plan.stack.rsplit(".", 1)[-1],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        bias=bias,  # type: ignore[arg-type]
+        bias=bias,
         use_rslora=use_rslora,
         use_dora=use_dora,
         task_type=TaskType.CAUSAL_LM if plan.task == "causal-lm" else TaskType.SEQ_CLS,

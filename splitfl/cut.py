@@ -136,18 +136,32 @@ def check_cut(layers: int, bottom: int, top: int) -> None:
         )
 
 
-class PassThrough(nn.Module):
-    """Stands where a layer is that this side does not hold: returns the hidden state and counts the cache slot.
+class _StandIn(nn.Module):
+    """Stands where a module is that this side does not hold, and answers for its attributes.
 
-    Small plain attributes of the layer it replaces (`attention_type`, `layer_idx`, ...) are kept, since some families
-    read them from outside.
+    Families read them from outside: `attention_type`, a method that the layer has, a table to be filled after loading.
+    They come from the replaced module, whose own tensors were never filled: they lie on the meta device.
     """
 
-    def __init__(self, replaced: nn.Module, index: int, returns_tuple: bool) -> None:
+    def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
-        for name, value in vars(replaced).items():
-            if not name.startswith("_") and isinstance(value, str | int | float | bool) and name != "training":
-                setattr(self, name, value)
+        # Past nn.Module's registry: no parameter, no tensor in the state dict, nothing to load, move or save.
+        self.__dict__["_skeleton"] = replaced._skeleton if isinstance(replaced, _StandIn) else replaced.to("meta")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(self.__dict__["_skeleton"], name)
+
+
+class PassThrough(_StandIn):
+    """Stands where a layer is that this side does not hold: returns the hidden state and counts the cache slot."""
+
+    def __init__(self, replaced: nn.Module, index: int, returns_tuple: bool) -> None:
+        super().__init__(replaced)
         self.index = index
         self.returns_tuple = returns_tuple
 
@@ -220,47 +234,36 @@ def keep_party_layers(base: PreTrainedModel, plan: Plan) -> None:
         layers[index] = PassThrough(layers[index], index, plan.returns_tuple)
 
 
-def keep_trunk_layers(base: PreTrainedModel, plan: Plan) -> None:
-    """Replace everything of `base` in place but its trunk: layers by pass-throughs, the rest by `Void`."""
+def keep_trunk_layers(model: PreTrainedModel, plan: Plan) -> None:
+    """Replace in place what the owner does not run: the party's layers by pass-throughs, embeddings and head by voids.
+
+    The small modules between them (position tables, norms) stay: in some families they make what the layers receive.
+    """
+    base = model.base_model
     layers = module_at(base, plan.stack)
     for index in plan.party_layers:
         layers[index] = PassThrough(layers[index], index, plan.returns_tuple)
-    for parent, name, module in list(_weighted_leaves(base, layers)):
-        setattr(parent, name, Void(module))
+    kept = {id(module) for module in base.modules()}
+    kept -= {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if id(child) not in kept and next(child.parameters(), None) is not None:
+                setattr(parent, name, Void(child))
 
 
-def _weighted_leaves(root: nn.Module, skip: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Modules outside `skip` that own parameters themselves, as (parent, name, module)."""
-    for name, child in root.named_children():
-        if child is skip:
-            continue
-        if next(child.parameters(recurse=False), None) is not None:
-            yield root, name, child
-        else:
-            yield from _weighted_leaves(child, skip)
+class Void(_StandIn):
+    """Stands at the owner where token embeddings or the head are. Nothing may call it: token ids stay with the party."""
 
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        """Refuse.
 
-class Void(nn.Module):
-    """Stands at the owner where an embedding, projection or norm of the party is.
-
-    What it returns only has to have a shape that the embedding stage can add up: the state at the door of the trunk
-    replaces it (`model_owner.trunk`).
-    """
-
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__()
-        sizes = [getattr(replaced, name, None) for name in ("embedding_dim", "out_features")]
-        self.size: int | None = next((size for size in sizes if size is not None), None)
-        self.embedding = hasattr(replaced, "embedding_dim")
-        self.embedding_dim = sizes[0]
-
-    def forward(self, states: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Zeros of the width the replaced module gave, or the input unchanged."""
-        if self.size is None:
-            return states
-        if self.embedding:
-            return torch.zeros(1, 1, self.size)
-        return states.new_zeros(*states.shape[:-1], self.size)
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "The trunk of this model asks for token embeddings of its own.",
+            expected="a model that can be entered behind its embeddings",
+        )
 
 
 def max_length_of(config: PreTrainedConfig) -> int | None:

@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from splitfl.cut import Plan, Task, check_cut, entrance, find_stack, max_length_of, module_at
+from splitfl.cut import PassThrough, Plan, Task, check_cut, entrance, find_stack, max_length_of, module_at
 from splitfl.errors import ModelError
 from splitfl.load import (
     fingerprint_trunk,
@@ -123,7 +123,7 @@ def make_plan(
         width=width,
         dtype=_dtype_name(dtype, config),
         layer_types=tuple(getattr(text, "layer_types", None) or ()),
-        tied=bool(config.tie_word_embeddings),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
         max_length=max_length_of(config),
         trunk="",
     )
@@ -138,8 +138,8 @@ def _dtype_name(asked: str, config: PreTrainedConfig) -> str:
 
 
 class _FirstLayerReached(Exception):
-    def __init__(self, width: int, is_tuple: bool) -> None:
-        self.width, self.is_tuple = width, is_tuple
+    def __init__(self, output: Any) -> None:
+        self.output = output
 
 
 def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int, bool]:
@@ -151,24 +151,36 @@ def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int,
         model = model_class(config, task)(copy.deepcopy(config)).eval()
     layers = module_at(model.base_model, stack)
     for index in range(1, len(layers)):
-        layers[index] = nn.Identity()
+        layers[index] = PassThrough(layers[index], index, returns_tuple=False)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
 
     def look(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        raise _FirstLayerReached(hidden.shape[-1], isinstance(output, tuple))
+        raise _FirstLayerReached(output)
 
     handle = layers[0].register_forward_hook(look)
+    output = None
     try:
         with torch.no_grad():
             model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)
     except _FirstLayerReached as found:
-        return found.width, found.is_tuple
+        output = found.output
+    except Exception as error:
+        raise ModelError(
+            f"A {config.model_type} model cannot be run on token ids alone: {error}",
+            expected="a language model of text that needs nothing but token ids and a mask",
+        ) from error
     finally:
         handle.remove()
-    raise ModelError(f"The first layer of this {config.model_type} model was never run in a forward pass.")
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+        shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+        raise ModelError(
+            f"The layers of a {config.model_type} model pass on {shape} for 1 row of 4 positions, not one hidden state.",
+            expected="one vector a position: [rows, positions, width]",
+        )
+    return hidden.shape[-1], isinstance(output, tuple)
 
 
 def write_kit(

@@ -119,16 +119,18 @@ def load_party_side(
 
 
 def load_trunk_side(model_dir: Path, plan: Plan, *, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """The trunk alone, frozen and in eval mode, as a base model whose other parts are pass-throughs and voids.
+    """The trunk alone, frozen and in eval mode, as a base model whose other layers and embeddings are stand-ins.
 
     Raises:
         ModelError: the checkpoint lacks tensors of the trunk.
     """
     config = load_config(model_dir)
-    base_class = model_class(config, None)
-    model, missing = _load_pruned(base_class, model_dir, config, dtype, lambda model: keep_trunk_layers(model, plan))
+    # Loaded as the party loads it: the base class alone may build another stack (an encoder in front of the decoder).
+    model, missing = _load_pruned(
+        model_class(config, plan.task), model_dir, config, dtype, lambda model: keep_trunk_layers(model, plan)
+    )
     _refuse_missing(missing, model_dir)
-    return model.requires_grad_(False).eval().to(device)
+    return model.base_model.requires_grad_(False).eval().to(device)
 
 
 def _refuse_missing(missing: set[str], model_dir: Path) -> None:
@@ -152,6 +154,8 @@ def _load_pruned(
     def build_pruned(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
         prune(self)
+        held = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        self.all_tied_weights_keys = {a: b for a, b in self.all_tied_weights_keys.items() if {a, b} <= held}
 
     # The library looks at the class's own name (loss function, attention support), so the subclass keeps it.
     pruned: Any = type(cls.__name__, (cls,), {"__init__": build_pruned, "__module__": cls.__module__})

@@ -1,0 +1,183 @@
+"""`splitfl serve`: load the trunk, bind, admit, answer until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from model_owner.answer import Answerer, Costs
+from model_owner.memory import MemoryBudget, cache_bytes_per_token, graph_bytes_per_token
+from model_owner.scheduler import Scheduler
+from model_owner.server import Admission, Everyone, Server, ServerLimits
+from model_owner.trunk import Trunk
+from splitfl.config import ServeSettings
+from splitfl.cut import Plan
+from splitfl.errors import ModelError, ResourceError
+from splitfl.kit import DTYPES, open_kit
+from splitfl.load import fingerprint_trunk, load_trunk_side, parameter_count
+from splitfl.metrics import Result, peak_rss_bytes, write_results
+from splitfl.options.values import parse_size
+from splitfl.report import as_size
+from splitfl.wire.channel import OwnerSocket
+from splitfl.wire.keys import AllowList, KeyPair, fingerprint, load_keys
+
+log = logging.getLogger("splitfl.owner")
+
+_LONGEST_WITHOUT_LIMIT = 32_768  # positions, for models without a position table
+
+
+def serve(settings: ServeSettings) -> None:
+    """Host the trunk until SIGTERM or Ctrl-C.
+
+    Raises:
+        ModelError: the kit was cut from another model.
+        KeyFileError, ResourceError, UsageError: as their names say.
+    """
+    _set_up_logging(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    plan = open_kit(settings.kit).plan
+    keys, admission = _security(settings)
+    trunk = _load(settings, plan)
+    budget = MemoryBudget(parse_size(settings.memory_budget))
+    answerer = Answerer(
+        trunk,
+        budget,
+        Costs(graph=graph_bytes_per_token(trunk), cache=cache_bytes_per_token(trunk) if _caches(plan) else 0),
+    )
+    limits = ServerLimits(
+        max_tokens=settings.max_tokens,
+        max_length=min(plan.max_length or _LONGEST_WITHOUT_LIMIT, settings.max_tokens),
+        max_sessions=settings.max_sessions,
+        lease_s=settings.lease,
+        recompute=settings.memory == "recompute",
+    )
+    asyncio.run(_serve(settings, plan, answerer, limits, keys, admission))
+
+
+def _caches(plan: Plan) -> bool:
+    return plan.task == "causal-lm"
+
+
+def _security(settings: ServeSettings) -> tuple[KeyPair | None, Admission]:
+    if settings.insecure_loopback:
+        return None, Everyone()
+    assert settings.key is not None  # noqa: S101  `ServeSettings.check` saw to it
+    assert settings.parties is not None  # noqa: S101
+    return load_keys(settings.key), AllowList(settings.parties)
+
+
+def _load(settings: ServeSettings, plan: Plan) -> Trunk:
+    model_dir = Path(settings.model)
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ResourceError(
+            f"--device {settings.device} was asked for, but torch finds no CUDA device here.",
+            expected="cpu",
+            hint="install a CUDA build of torch and check the driver with nvidia-smi, or leave --device out",
+        )
+    found = fingerprint_trunk(model_dir, plan)
+    if found != plan.trunk:
+        raise ModelError(
+            f"The kit {settings.kit} was cut from trunk {plan.trunk}, the model {model_dir} has trunk {found}.",
+            hint="serve the model that the kit was written from, or write the kit again",
+        )
+    dtype = DTYPES[plan.dtype if settings.dtype == "auto" else settings.dtype]
+    return Trunk(load_trunk_side(model_dir, plan, dtype=dtype, device=settings.device), plan)
+
+
+async def _serve(
+    settings: ServeSettings, plan: Plan, answerer: Answerer, limits: ServerLimits, keys: KeyPair | None,
+    admission: Admission,
+) -> None:  # fmt: skip
+    trunk = answerer.trunk
+    socket = OwnerSocket(
+        settings.bind,
+        keys=keys,
+        allow=admission if isinstance(admission, AllowList) else None,
+        max_message_bytes=limits.max_tokens * max(plan.width, 4) * 4,
+        insecure_loopback=settings.insecure_loopback,
+    )
+    await socket.start()
+    scheduler = Scheduler(settings.workers, settings.threads)
+    server = Server(socket, plan, answerer, scheduler, admission, limits)
+    try:
+        _announce(settings, plan, trunk, socket.address, keys, admission, answerer)
+        running = asyncio.ensure_future(server.run())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, running.cancel)
+        loop.add_signal_handler(signal.SIGHUP, server.reload_admission)
+        await running
+    finally:
+        await asyncio.to_thread(scheduler.stop)
+        await socket.close()
+        if settings.json is not None:
+            write_results(settings.json, "serve", settings, _results(server))
+
+
+def _announce(
+    settings: ServeSettings, plan: Plan, trunk: Trunk, address: str, keys: KeyPair | None, admission: Admission,
+    answerer: Answerer,
+) -> None:  # fmt: skip
+    """What is served, for the person who started it; then one line on stdout for scripts."""
+    names = ", ".join(admission.names()) if isinstance(admission, AllowList) else "anybody on this machine"
+    held = sum(p.nbytes for p in trunk.base.parameters())
+    for label, text in (
+        ("model", f"{settings.model} ({plan.model_type}, {parameter_count(trunk.base):,} trunk parameters, "
+                  f"{as_size(held)} in {str(trunk.dtype).removeprefix('torch.')} on {trunk.device})"),
+        ("cut", f"layers {plan.trunk_layers.start} to {plan.trunk_layers.stop - 1} of {plan.layers} here; "
+                f"{plan.bottom} below and {plan.top} above with the parties"),
+        ("trunk", plan.trunk),
+        ("address", address + ("" if keys else "  (not encrypted: loopback only)")),
+        ("key", fingerprint(keys.public) if keys else "none"),
+        ("parties", names or "none yet; admit some with `splitfl keys allow`"),
+        ("memory", f"{as_size(answerer.budget.limit)} for steps ({as_size(answerer.costs.graph)} a token) and caches "
+                   f"({as_size(answerer.costs.cache)} a token); {settings.memory} by default"),
+        ("compute", f"{settings.workers} worker(s), {settings.threads or torch.get_num_threads()} thread(s) each"),
+    ):  # fmt: skip
+        print(f"{label:8} {text}", file=sys.stderr)
+    sys.stderr.flush()
+    print(f"ready {address} {fingerprint(keys.public) if keys else 'insecure'}", flush=True)
+
+
+def _results(server: Server) -> list[Result]:
+    c = server.counters
+    figures = {
+        "sessions": (c.sessions, "sessions"),
+        "forwards": (c.forwards, "requests"),
+        "backwards": (c.backwards, "requests"),
+        "tokens": (c.tokens, "tokens"),
+        "refusals": (sum(c.refusals.values()), "messages"),
+        "bytes sent": (server.socket.bytes_sent, "bytes"),
+        "bytes received": (server.socket.bytes_received, "bytes"),
+        "peak memory": (peak_rss_bytes(), "bytes"),
+    }
+    return [Result(case="serve", metric=name, value=value, unit=unit) for name, (value, unit) in figures.items()]
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`record` as JSON."""
+        entry = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            entry["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def _set_up_logging(settings: ServeSettings) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _JsonLines() if settings.log_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    root = logging.getLogger("splitfl")
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level.upper())
+    root.propagate = False

@@ -1,0 +1,119 @@
+"""The run directory: what `splitfl tune` writes, and what later commands remember from it.
+
+config.toml        the settings as resolved
+disclosure.json    the protocol's disclosure
+run.jsonl          losses, rates, bytes
+adapter/           the tuned adapter, an ordinary PEFT directory
+checkpoints/       to resume from
+report.html        for people
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protocols import protocol_named
+from splitfl.config import TuneSettings
+from splitfl.cut import Plan
+from splitfl.errors import ModelError, UsageError
+from splitfl.files import replace_text
+from splitfl.options import read_config, to_toml
+
+_COMPLETE = "splitfl.json"  # written last into a checkpoint: one without it was never finished
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The settings as resolved."""
+        return self.path / "config.toml"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "run.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The tuned adapter, a PEFT directory."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints stand."""
+        return self.path / "checkpoints"
+
+    def prepare(self, settings: TuneSettings) -> None:
+        """Make the directory and write what is known before training.
+
+        Raises:
+            UsageError: a run is already there and `--resume` was not given, or the other way round.
+        """
+        if self.config.exists() and not settings.resume:
+            raise UsageError(
+                f"{self.path} already holds a run.", hint="add --resume to continue it, or choose another --out"
+            )
+        if settings.resume and not self.config.exists():
+            raise UsageError(f"{self.path} holds no run to resume.", hint="leave --resume out to start one")
+        self.path.mkdir(parents=True, exist_ok=True)
+        to_toml(settings, self.config)
+        disclosure = {"protocol": settings.protocol, **protocol_named(settings.protocol).disclosure.to_json()}
+        replace_text(self.path / "disclosure.json", json.dumps(disclosure, indent=2) + "\n")
+
+    def settings(self) -> TuneSettings:
+        """The settings that the run was started with.
+
+        Raises:
+            UsageError: not a run directory.
+        """
+        if not self.config.is_file():
+            raise UsageError(
+                f"{self.path} is not a run directory: it has no config.toml.", hint="give the --out of `splitfl tune`"
+            )
+        values = read_config(self.config, TuneSettings)
+        given: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return TuneSettings(**given)
+
+    def mark_complete(self, checkpoint: Path, plan: Plan) -> None:
+        """Say that `checkpoint` is whole, and of which plan."""
+        replace_text(checkpoint / _COMPLETE, json.dumps({"plan": plan.digest, "trunk": plan.trunk}) + "\n")
+
+    def latest_checkpoint(self, plan: Plan) -> Path | None:
+        """The newest whole checkpoint, or None if there is none.
+
+        Raises:
+            ModelError: it belongs to another plan.
+        """
+        numbered = [
+            (int(path.name.removeprefix("checkpoint-")), path)
+            for path in self.checkpoints.glob("checkpoint-*")
+            if path.name.removeprefix("checkpoint-").isdigit() and (path / _COMPLETE).is_file()
+        ]
+        if not numbered:
+            return None
+        newest = max(numbered)[1]
+        held = json.loads((newest / _COMPLETE).read_text(encoding="utf-8"))
+        if held["plan"] != plan.digest:
+            raise ModelError(
+                f"Checkpoint {newest} belongs to plan {held['plan']} (trunk {held['trunk']}).",
+                expected=f"plan {plan.digest} (trunk {plan.trunk}), that of the kit given",
+                hint="resume with the kit that the run was started with, or start a new run",
+            )
+        return newest
+
+    def drop_unfinished(self) -> None:
+        """Remove checkpoints that a crash left half written."""
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if not (path / _COMPLETE).is_file():
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(path)

@@ -1,0 +1,322 @@
+"""Steps 5 to 7 and their way back, at the party: a request becomes frames, goes out, and its answer comes in.
+
+The calling thread does the talking: training and generation wait for the trunk anyway. What goes out once goes out the
+same way again: after a lost link, a long silence or an owner that restarted, the very same bytes are sent, so nothing a
+mechanism drew at random is ever drawn twice for one request.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, cast
+
+import torch
+
+from splitfl.cut import Plan
+from splitfl.errors import RefusedError, ResourceError, SplitflError, UnreachableError, printable
+from splitfl.link import TrunkRequest
+from splitfl.privacy.disclosure import Disclosure
+from splitfl.wire import frames as wire
+from splitfl.wire.channel import PartySocket
+from splitfl.wire.codecs import Frame
+from splitfl.wire.messages import (
+    Backward,
+    Bye,
+    Closed,
+    DtypeName,
+    Forward,
+    FromOwner,
+    FromParty,
+    Refused,
+    Release,
+    TensorName,
+    Welcome,
+    kind,
+)
+from splitfl.wire.session import PartySession, Terms, Turn
+
+Memory: TypeAlias = Literal["keep", "recompute"]
+Tap: TypeAlias = Callable[[str, Sequence[Frame]], None]
+"""Sees every message that crosses: ``"sent"`` or ``"received"``, and its frames."""
+
+_RESEND_AFTER_S = 20.0
+LARGEST_BATCH_TOKENS = 65_536  # B x T; what the party takes from an owner in one message is sized by it
+
+
+class Session:
+    """A `splitfl.link.TrunkLink` over the network.
+
+    Args:
+        socket: opened by `open`, closed by `close`.
+        plan: of the kit.
+        disclosure: of the protocol; nothing else leaves.
+        protocol: its name.
+        wire_dtype: of hidden and gradient frames, both ways.
+        memory: what the owner shall hold between forward and backward.
+        timeout_s: longest wait for one answer.
+        tap: sees every frame; for recordings and tests.
+    """
+
+    def __init__(
+        self, socket: PartySocket, plan: Plan, *, disclosure: Disclosure, protocol: str, wire_dtype: DtypeName,
+        memory: Memory = "keep", timeout_s: float = 120.0, tap: Tap | None = None,
+    ) -> None:  # fmt: skip
+        self.socket, self.plan, self.timeout_s, self.tap = socket, plan, timeout_s, tap
+        self.terms = Terms(
+            session=secrets.randbits(62),
+            protocol=protocol,
+            trunk=plan.trunk,
+            plan=plan.digest,
+            wire_dtype=wire_dtype,
+            memory=memory,
+        )
+        self.disclosure = disclosure
+        self.talk = PartySession(self.terms, disclosure)
+        self.welcome: Welcome | None = None
+        self._steps = 0
+        self._lock = threading.RLock()
+        self._to_release: deque[tuple[tuple[int, ...], tuple[int, ...]]] = deque()
+        self._sent_forwards: dict[int, list[Frame]] = {}
+
+    # ---- opening and closing
+
+    def open(self) -> Welcome:
+        """Reach the owner and say hello.
+
+        Raises:
+            UnreachableError: nobody answers.
+            RefusedError: the owner does not admit this key, this kit or this protocol.
+        """
+        self.socket.open(min(self.timeout_s, 30.0))
+        return self._say_hello()
+
+    def close(self) -> None:
+        """Say goodbye if the link allows it, and close the socket."""
+        try:
+            if self.welcome is not None:
+                self._send(Bye(session=self.terms.session), {})
+                self._receive(time.monotonic() + 2.0)
+        except SplitflError:
+            pass  # the owner drops the session when its lease ends
+        finally:
+            self.socket.close()
+
+    def __enter__(self) -> Session:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes sent so far, headers included."""
+        return self.socket.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Payload bytes received so far, headers included."""
+        return self.socket.bytes_received
+
+    # ---- the link
+
+    def forward(self, request: TrunkRequest) -> tuple[torch.Tensor, int]:
+        """See `splitfl.link.TrunkLink`.
+
+        Raises:
+            ResourceError: the batch is beyond the session's limits; nothing was sent.
+            RefusedError, UnreachableError, WireError: as their names say.
+        """
+        with self._lock:
+            self._flush_releases()
+            self._check_size(request)
+            self._steps += 1
+            step = self._steps
+            message = Forward(
+                session=self.terms.session,
+                step=step,
+                keep=request.keep,
+                cache=request.cache,
+                past=request.past,
+                rows=request.rows,
+            )
+            tensors: dict[TensorName, torch.Tensor] = {"hidden": request.hidden}
+            if request.mask is not None:
+                tensors["mask"] = request.mask
+            if request.positions is not None:
+                tensors["positions"] = request.positions
+            frames = self._send(message, tensors)
+            if request.keep:
+                self._sent_forwards[step] = frames
+            return self._await(message, frames)["hidden"], step
+
+    def backward(self, step: int, gradient: torch.Tensor) -> torch.Tensor:
+        """See `splitfl.link.TrunkLink`."""
+        with self._lock:
+            message = Backward(session=self.terms.session, step=step)
+            self._hold_again(step)
+            frames = self._send(message, {"gradient": gradient})
+            result = self._await(message, frames)["gradient"]
+            self._sent_forwards.pop(step, None)
+            return result
+
+    def release(self, *, caches: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> None:
+        """See `splitfl.link.TrunkLink`. Goes out with the next request: garbage collection may call this anywhere."""
+        self._to_release.append((caches, steps))
+
+    # ---- sending
+
+    def _check_size(self, request: TrunkRequest) -> None:
+        assert self.welcome is not None  # noqa: S101  `open` came first
+        rows, new, _ = request.hidden.shape
+        total = rows * (request.past + new)
+        limit = min(self.welcome.max_tokens, LARGEST_BATCH_TOKENS)
+        if total > limit or request.past + new > self.welcome.max_length:
+            raise ResourceError(
+                f"A batch of {rows} rows x {request.past + new} positions is beyond what the owner allows.",
+                expected=f"at most {limit} rows x positions, and {self.welcome.max_length} positions",
+                hint="lower the batch size or --max-length, or ask the owner for a larger --max-tokens",
+            )
+
+    def _flush_releases(self) -> None:
+        caches: list[int] = []
+        steps: list[int] = []
+        while self._to_release:
+            more_caches, more_steps = self._to_release.popleft()
+            caches += more_caches
+            steps += more_steps
+        for step in steps:
+            self._sent_forwards.pop(step, None)
+        if caches or steps:
+            self._send(Release(session=self.terms.session, caches=tuple(caches), steps=tuple(steps)), {})
+
+    def _send(self, message: FromParty, tensors: dict[TensorName, torch.Tensor]) -> list[Frame]:
+        described = wire.describe(message, tensors, self.terms.wire_dtype)
+        self.talk.send(described)
+        frames = wire.encode(described, tensors, self.terms.wire_dtype)
+        self._put(frames)
+        return frames
+
+    def _put(self, frames: list[Frame]) -> None:
+        if self.tap is not None:
+            self.tap("sent", frames)
+        self.socket.send(frames, timeout_s=self.timeout_s)
+
+    # ---- waiting
+
+    def _await(self, message: Forward | Backward, frames: list[Frame]) -> dict[TensorName, torch.Tensor]:
+        """The tensors of the answer to `message`, whatever it takes within the time allowed."""
+        deadline = time.monotonic() + self.timeout_s
+        resend_at = time.monotonic() + _RESEND_AFTER_S
+        while True:
+            links = self.socket.links
+            got = self._receive(min(deadline, resend_at))
+            if got is None:
+                now = time.monotonic()
+                if now >= deadline:
+                    raise self._silence(kind(message))
+                if now >= resend_at or self.socket.links > links:
+                    self._put(frames)
+                    resend_at = now + _RESEND_AFTER_S
+                continue
+            answer, answer_frames, turn = got
+            if isinstance(answer, Refused):
+                self._recover(answer, message, frames)
+                continue
+            if isinstance(answer, Closed):
+                raise RefusedError(
+                    "The owner has closed the session.",
+                    code="draining",
+                    hint="start again with --resume once the owner is back",
+                )
+            if turn is Turn.NEW and getattr(answer, "step", None) == message.step:
+                return wire.tensors_of(answer, answer_frames)
+
+    def _receive(self, until: float) -> tuple[FromOwner, Sequence[Frame], Turn] | None:
+        """The next message of the owner, checked; None if none came in time."""
+        frames = self.socket.receive(max(0.0, until - time.monotonic()))
+        if frames is None:
+            return None
+        if self.tap is not None:
+            self.tap("received", frames)
+        message = wire.decode(frames, sender="owner", limits=self._limits())
+        if isinstance(message, Refused) and message.session != self.terms.session:
+            return message, frames, Turn.NEW  # our header did not even parse there
+        turn = self.talk.receive(message)
+        return cast("FromOwner", message), frames, turn
+
+    def _limits(self) -> wire.Limits:
+        return wire.Limits(
+            width=self.plan.width,
+            max_tokens=self.welcome.max_tokens if self.welcome else 1,
+            max_length=self.welcome.max_length if self.welcome else 1,
+            wire_dtype=self.terms.wire_dtype,
+        )
+
+    def _recover(self, refused: Refused, message: Forward | Backward, frames: list[Frame]) -> None:
+        """Do what a refusal allows to be done about it, or raise it."""
+        if refused.code == "unknown_session":  # the owner restarted, or the lease ran out
+            self.talk = PartySession(self.terms, self.disclosure)
+            self._say_hello()
+        elif refused.code != "unknown_step" or not isinstance(message, Backward):
+            raise _as_error(refused)
+        if isinstance(message, Backward):
+            self._hold_again(message.step)
+        elif message.cache is not None and message.past:
+            raise RefusedError(
+                "The owner restarted, and the cache of this generation is gone.",
+                code="unknown_cache",
+                hint="generate again",
+            )
+        self.talk.send(wire.open_header(frames, sender="party"))
+        self._put(frames)
+
+    def _hold_again(self, step: int) -> None:
+        """Make the owner hold `step` for its backward if it does not: send the forward's bytes again."""
+        if step in self.talk.kept_steps():
+            return
+        forward = self._sent_forwards.get(step)
+        if forward is None:
+            raise RefusedError(
+                f"The owner no longer holds step {step}, and its forward is not at hand any more.",
+                code="unknown_step",
+                hint="go backward through a batch once, or start again with --resume",
+            )
+        message = wire.open_header(forward, sender="party")
+        assert isinstance(message, Forward)  # noqa: S101
+        self.talk.send(message)
+        self._put(forward)
+        self._await(message, forward)
+
+    def _say_hello(self) -> Welcome:
+        self._send(self.terms.hello(), {})
+        deadline = time.monotonic() + min(self.timeout_s, 30.0)
+        while True:
+            got = self._receive(deadline)
+            if got is None:
+                raise self._silence("hello")
+            answer = got[0]
+            if isinstance(answer, Refused):
+                raise _as_error(answer)
+            if isinstance(answer, Welcome):
+                self.welcome = answer
+                return answer
+
+    def _silence(self, word: str) -> UnreachableError:
+        return UnreachableError(
+            f"The owner at {self.socket.address} did not answer a {word} within {self.timeout_s:.0f} s.",
+            hint="see whether the owner still serves and the link is up, then start again with --resume; "
+            "a slow owner needs a larger --timeout",
+        )
+
+
+def _as_error(refused: Refused) -> SplitflError:
+    """A refusal as the exception that the party's caller sees; the owner's words are escaped."""
+    problem = f"The owner refused: {printable(refused.problem)}"
+    expected = printable(refused.expected) if refused.expected else None
+    hint = printable(refused.hint) if refused.hint else None
+    return RefusedError(problem, code=refused.code, expected=expected, hint=hint)

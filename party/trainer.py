@@ -1,0 +1,139 @@
+"""The training loop: the library's `Trainer`, counted, with our evaluation and whole checkpoints.
+
+Schedules, accumulation, clipping, resuming and callbacks are the library's; nothing here knows about the network.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from party.evaluate import Score, evaluate
+from party.rundir import RunDirectory
+from splitfl.cut import Plan
+from splitfl.data import Collator, Examples
+from splitfl.errors import ResourceError
+
+_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class StopRequest(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) ends training after the step under way, with a checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop, if somebody asked for it."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Listen for the two signals inside the block (in the main thread; elsewhere nothing is changed)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class SplitTrainer(Trainer):
+    """`transformers.Trainer` over a party's model.
+
+    Args:
+        run: where checkpoints go.
+        plan: stamped into every checkpoint.
+        on_eval: called with each score made during training.
+    """
+
+    def __init__(
+        self, *args: Any, run: RunDirectory, plan: Plan, collator: Collator, held_out: Examples | None,
+        on_eval: Callable[[int, Score], None] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(*args, data_collator=collator, eval_dataset=held_out, **kwargs)
+        self.run, self.plan, self.collator, self.held_out, self.on_eval = run, plan, collator, held_out, on_eval
+        self.tokens_seen = 0
+        self.remove_callback(PrinterCallback)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, counted."""
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out loss over tokens (the library's is a mean over batches)."""
+        assert self.held_out is not None  # noqa: S101
+        assert self.model is not None  # noqa: S101
+        score = evaluate(
+            self.model,
+            self.held_out,
+            self.collator,
+            task=self.plan.task,
+            batch_size=self.args.per_device_eval_batch_size,
+            device=str(self.args.device),
+        )
+        if self.on_eval is not None:
+            self.on_eval(self.state.global_step, score)
+        metrics = {f"eval_{name}": value for name, value in score.facts().items()}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = self.run.checkpoints / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            self.run.mark_complete(folder, self.plan)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if _is_disk_trouble(error):
+                raise disk_full(folder) from error
+            raise
+
+
+def disk_full(path: Path) -> ResourceError:
+    """The error for a save that found no room."""
+    return ResourceError(
+        f"There was no room to write {path}; what was half written has been removed.",
+        expected="free space for an adapter, its optimiser state and a report",
+        hint="free some space and start again with --resume: earlier checkpoints are whole",
+    )
+
+
+def _is_disk_trouble(error: BaseException) -> bool:
+    """Whether `error` or what caused it says that the disk (or the quota) is full."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_TROUBLE:
+            return True
+        # safetensors and torch report a failed write in words, without the number.
+        if any(words in str(seen) for words in ("No space left", "os error 28", "File too large", "os error 27")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,169 @@
+"""`splitfl evaluate` and `splitfl generate`: use a run's tuned model through the split."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from party.evaluate import evaluate
+from party.model import open_model
+from party.rundir import RunDirectory
+from party.session import Session
+from party.tune import connect
+from splitfl.adapters import open_adapter
+from splitfl.config import EvaluateSettings, GenerateSettings, TuneSettings
+from splitfl.data import Collator, encode_prompt, load_rows, tokenise
+from splitfl.errors import DataError, UsageError
+from splitfl.kit import Kit, open_kit
+from splitfl.metrics import Result, write_results
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunedModel:
+    """A run's model, connected."""
+
+    run: TuneSettings
+    kit: Kit
+    session: Session
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = True) -> Iterator[TunedModel]:
+    """Open the kit, the session and the adapter that a run remembers; options given now override what it remembers."""
+    run = RunDirectory(settings.run)
+    overrides = {
+        name: getattr(settings, name)
+        for name in ("kit", "owner", "owner_key", "key", "timeout", "device", "threads")
+        if getattr(settings, name) is not None
+    }
+    tuned = dataclasses.replace(run.settings(), **overrides)
+    if tuned.threads:
+        torch.set_num_threads(tuned.threads)
+    kit = open_kit(tuned.kit)
+    with contextlib.closing(connect(tuned, kit)) as session:
+        model: Any = open_model(kit, session, dtype=tuned.dtype, device=tuned.device)
+        if adapter:
+            model = open_adapter(model, run.adapter).eval()
+        yield TunedModel(run=tuned, kit=kit, session=session, model=model, tokenizer=kit.tokenizer())
+
+
+def evaluate_run(settings: EvaluateSettings) -> None:
+    """Measure a run's model on rows and print the figures."""
+    with open_run(settings, adapter=settings.split == "tuned") as opened:
+        kit, run = opened.kit, opened.run
+        columns = settings.column_map() or run.column_map()
+        label2id = dict(kit.config.label2id or {}) if kit.plan.task == "sequence-classification" else None
+        rows = load_rows(settings.eval, columns=columns, task=kit.plan.task, label2id=label2id)
+        examples = tokenise(
+            rows,
+            opened.tokenizer,
+            max_length=settings.max_length or run.max_length or kit.plan.max_length or 2048,
+            answer_only=run.answer_only,
+            truncation=settings.truncation or run.truncation,
+        )
+        started = time.monotonic()
+        with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
+            task = bar.add_task("evaluate", total=len(examples))
+            score = evaluate(
+                opened.model,
+                examples,
+                Collator(opened.tokenizer, padding_side=run.padding_side, pad_token_id=kit.config.pad_token_id),
+                task=kit.plan.task,
+                batch_size=settings.per_device_eval_batch_size,
+                device=run.device,
+                progress=lambda done: bar.update(task, completed=done),
+            )
+        seconds = time.monotonic() - started
+    units = {"loss": "nats", "counted": "tokens" if kit.plan.task == "causal-lm" else "rows", "accuracy": "share"}
+    results = [
+        Result(case=settings.split, metric=name, value=value, unit=units.get(name, ""))
+        for name, value in score.facts().items()
+    ]
+    results.append(Result(case=settings.split, metric="seconds", value=seconds, unit="s"))
+    for result in results:
+        print(f"{result.metric:12} {result.value:.4f} {result.unit}".rstrip())
+    if settings.json is not None:
+        write_results(settings.json, "evaluate", settings, results)
+
+
+def generate_from_run(settings: GenerateSettings) -> None:
+    """Continue a prompt with a run's model; the text goes to stdout."""
+    prompt = _prompt(settings)
+    with open_run(settings) as opened:
+        if opened.kit.plan.task != "causal-lm":
+            raise UsageError("This run tuned a classifier, which generates nothing.", hint="use `splitfl evaluate`")
+        tokenizer = opened.tokenizer
+        if settings.chat:
+            ids = encode_prompt(tokenizer, prompt)
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+            if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+                ids = ids[:-1]
+        if not ids:
+            raise UsageError("The prompt holds no token.", expected="some text")
+        limit = opened.kit.plan.max_length
+        if limit and len(ids) + settings.max_new_tokens > limit:
+            raise UsageError(
+                f"The prompt has {len(ids)} tokens; with --max-new-tokens {settings.max_new_tokens} that is beyond the "
+                f"model's {limit} positions.",
+                hint="shorten the prompt or lower --max-new-tokens",
+            )
+        streams = settings.stream and settings.num_beams == 1 and sys.stdout.isatty()
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+        set_seed(settings.seed)
+        started = time.monotonic()
+        with torch.no_grad():
+            output = opened.model.generate(
+                input_ids=torch.tensor([ids], device=opened.run.device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=opened.run.device),
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **_sampling(settings),
+            )
+        seconds = time.monotonic() - started
+    new = output[0, len(ids) :].tolist()
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if streamer is None:
+        print(text)
+    if settings.json is not None:
+        results = [
+            Result(case="generate", metric="text", value=text, unit=""),
+            Result(case="generate", metric="prompt tokens", value=len(ids), unit="tokens"),
+            Result(case="generate", metric="new tokens", value=len(new), unit="tokens"),
+            Result(case="generate", metric="rate", value=len(new) / seconds, unit="tokens/s"),
+        ]
+        write_results(settings.json, "generate", settings, results)
+
+
+def _prompt(settings: GenerateSettings) -> str:
+    if settings.prompt is not None:
+        return settings.prompt
+    path = Path(settings.prompt_file or "")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The prompt file {path} cannot be read as UTF-8 text.") from error
+
+
+def _sampling(settings: GenerateSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "do_sample": settings.do_sample,
+        "num_beams": settings.num_beams,
+        "repetition_penalty": settings.repetition_penalty,
+    }
+    for name in ("temperature", "top_k", "top_p"):
+        if getattr(settings, name) is not None:
+            options[name] = getattr(settings, name)
+    return options

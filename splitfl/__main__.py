@@ -1,0 +1,5 @@
+"""`python -m splitfl`."""
+
+from splitfl.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""The roof: every command of `splitfl`. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from splitfl import __version__
+from splitfl.config import (
+    BenchSettings,
+    DemoSettings,
+    DoctorSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    KeysAllow,
+    KeysNew,
+    KeysRevoke,
+    KeysShow,
+    KitSettings,
+    ServeSettings,
+    TuneSettings,
+)
+from splitfl.options import command, run_app
+from splitfl.quiet import silence_library_warnings
+
+app = typer.Typer(
+    help="Tune a language model that its owner will not hand out, on data that its holder will not hand out.",
+    no_args_is_help=True,
+    add_completion=True,
+)
+keys = typer.Typer(help="CURVE keys: who may speak with whom.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def _keys_new(settings: KeysNew) -> None:
+    from splitfl.wire.keys import fingerprint, load_public, new_keys
+
+    public, secret = new_keys(settings.name, settings.out)
+    print(f"public  {public}   give this one away")
+    print(f"secret  {secret}   keep this one; mode 0600")
+    print(f"fingerprint  {fingerprint(load_public(public))}")
+
+
+def _keys_show(settings: KeysShow) -> None:
+    from splitfl.wire.keys import fingerprint, load_public
+
+    for path in settings.paths:
+        files = sorted(path.glob("*.key")) if path.is_dir() else [path]
+        for file in files:
+            print(f"{fingerprint(load_public(file))}  {file}")
+
+
+def _keys_allow(settings: KeysAllow) -> None:
+    from splitfl.wire.keys import AllowList, fingerprint, load_public
+
+    name = AllowList(settings.parties).add(settings.key)
+    print(f"admitted {name}  {fingerprint(load_public(settings.key))}")
+
+
+def _keys_revoke(settings: KeysRevoke) -> None:
+    from splitfl.wire.keys import AllowList
+
+    AllowList(settings.parties).revoke(settings.name)
+    print(f"revoked {settings.name}; a running server ends its sessions")
+
+
+def _kit(settings: KitSettings) -> None:
+    from party.make_kit import make_kit
+
+    make_kit(settings)
+
+
+def _serve(settings: ServeSettings) -> None:
+    from model_owner.serve import serve
+
+    serve(settings)
+
+
+def _tune(settings: TuneSettings) -> int:
+    from party.tune import tune
+
+    return tune(settings)
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
+    from party.use import evaluate_run
+
+    evaluate_run(settings)
+
+
+def _generate(settings: GenerateSettings) -> None:
+    from party.use import generate_from_run
+
+    generate_from_run(settings)
+
+
+def _doctor(settings: DoctorSettings) -> int:
+    from party.doctor import examine
+
+    return examine(settings)
+
+
+def _demo(settings: DemoSettings) -> None:
+    from splitfl.demo import demo
+
+    demo(settings)
+
+
+def _bench(settings: BenchSettings) -> None:
+    from splitfl.bench.run import bench
+
+    bench(settings)
+
+
+command(keys, KeysNew, "new", _keys_new)
+command(keys, KeysShow, "show", _keys_show)
+command(keys, KeysAllow, "allow", _keys_allow)
+command(keys, KeysRevoke, "revoke", _keys_revoke)
+command(app, KitSettings, "kit", _kit)
+command(app, ServeSettings, "serve", _serve)
+command(app, TuneSettings, "tune", _tune)
+command(app, EvaluateSettings, "evaluate", _evaluate)
+command(app, GenerateSettings, "generate", _generate)
+command(app, DoctorSettings, "doctor", _doctor)
+command(app, DemoSettings, "demo", _demo)
+command(app, BenchSettings, "bench", _bench)
+
+
+def main(words: list[str] | None = None) -> NoReturn:
+    """Run `splitfl` with these words, or with those of the command line."""
+    silence_library_warnings()
+    run_app(app, words)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,392 @@
+"""The settings of every command, with their defaults and limits: the one place where an option is named.
+
+Names of training options are those of `transformers.TrainingArguments`, names of adapter options those of
+`peft.LoraConfig`. Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import typer
+
+from splitfl.errors import UsageError
+from splitfl.options import Check, Panel, Settings, above, at_least, between, fields_of
+from splitfl.options.values import (
+    is_address,
+    is_device,
+    is_shape,
+    is_size,
+    on_loopback,
+    parse_address,
+    parse_pairs,
+    training_arguments,
+)
+
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+Memory: TypeAlias = Literal["keep", "recompute"]
+Truncation: TypeAlias = Literal["error", "right", "drop"]
+
+LINK = Panel("Owner and keys")
+MACHINE = Panel("This machine")
+ROWS = Panel("Rows")
+TRAINING = Panel("Training (names of transformers.TrainingArguments)")
+ADAPTER = Panel("Adapter (names of peft.LoraConfig)")
+
+_ADDRESS = Check(test=is_address, expected="tcp://HOST:PORT")
+_REMOTE = Check(
+    test=lambda a: is_address(a) and parse_address(a)[1] > 0 and parse_address(a)[0] != "*",
+    expected="tcp://HOST:PORT, with the port that the owner's `splitfl serve` printed",
+)
+_SIZE = Check(test=is_size, expected="a size such as 4GB or 512MiB")
+_DEVICE = Check(test=is_device, expected="cpu, cuda or cuda:N")
+_SHAPE = Check(test=is_shape, expected="ROWSxLENGTH, such as 8x128")
+_PAIR = Check(test=lambda text: text.partition("=")[0] != "" and text.partition("=")[2] != "", expected="NAME=VALUE")
+_NOT_EMPTY = Check(test=bool, expected="some text")
+_PLAIN_NAME = Check(
+    test=lambda name: name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name[0] not in ".-",
+    expected="letters, digits, dots, dashes and underscores",
+)
+
+JsonFile: TypeAlias = Annotated[Path | None, "Write the figures to this file as JSON."]
+Threads: TypeAlias = Annotated[int | None, "CPU threads. Default: torch's own choice.", at_least(1), MACHINE]
+Device: TypeAlias = Annotated[str, "Where to compute: cpu, cuda or cuda:N.", _DEVICE, MACHINE]
+Timeout: TypeAlias = Annotated[float, "Longest wait for one answer of the owner, in seconds.", above(0), LINK]
+EvalBatch: TypeAlias = Annotated[int, "Rows in one evaluation batch.", at_least(1)]
+MaxLength: TypeAlias = Annotated[int | None, "Longest row, in tokens. Default: the model's limit.", at_least(2), ROWS]
+Columns: TypeAlias = Annotated[
+    tuple[str, ...], "FIELD=COLUMN: read FIELD from another column of the file. May be repeated.", _PAIR, ROWS
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysNew(Settings):
+    """Make a CURVE key pair: NAME.key to give away, NAME.key_secret (mode 0600) to keep."""
+
+    name: Annotated[str, typer.Argument(help="Who the key is for."), _PLAIN_NAME]
+    out: Annotated[Path, "Directory for the two files."] = Path("keys")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysShow(Settings):
+    """Show the fingerprints of key files and allow-lists."""
+
+    paths: Annotated[tuple[Path, ...], typer.Argument(help="Key files, or directories of them.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysAllow(Settings):
+    """Put a party's public key on the owner's allow-list."""
+
+    key: Annotated[Path, typer.Argument(help="The party's public key file (NAME.key).")]
+    parties: Annotated[Path, "Directory that is the allow-list."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysRevoke(Settings):
+    """Take a party off the owner's allow-list; a running server refuses it from then on."""
+
+    name: Annotated[str, typer.Argument(help="The party's name on the list."), _PLAIN_NAME]
+    parties: Annotated[Path, "Directory that is the allow-list."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KitSettings(Settings):
+    """Write the kit that a data holder receives: config, tokenizer, bottom and top weights, plan. No trunk tensor."""
+
+    out: Annotated[Path, typer.Argument(help="Directory to write the kit to.")]
+    model: Annotated[str, "Model directory.", _NOT_EMPTY]
+    bottom: Annotated[int, "Layers that the party holds below the cut.", at_least(0)] = 2
+    top: Annotated[int, "Layers that the party holds above the cut.", at_least(0)] = 2
+    dtype: Annotated[Dtype, "Type of the weights; auto is the checkpoint's."] = "auto"
+    task: Annotated[Literal["causal-lm", "sequence-classification"], "What the model is tuned for."] = "causal-lm"
+    num_labels: Annotated[int | None, "Number of classes.", at_least(1)] = None
+    label_names: Annotated[tuple[str, ...], "Name of a class, in order. May be repeated.", _NOT_EMPTY] = ()
+    seed: Annotated[int, "Seed of weights that are made afresh, such as a new classification head.", at_least(0)] = 0
+    verify: Annotated[bool, "Open the kit again and compare it with the model."] = True
+    overwrite: Annotated[bool, "Replace a kit that is already there."] = False
+    json: JsonFile = None
+
+    def check(self) -> None:
+        """Refuse classes without a classification task, and two different numbers of them."""
+        if self.task == "causal-lm" and (self.num_labels is not None or self.label_names):
+            raise UsageError(
+                "--num-labels and --label-names name classes, but the task is causal-lm.",
+                hint="add --task sequence-classification",
+            )
+        if self.label_names and self.num_labels not in (None, len(self.label_names)):
+            raise UsageError(f"--num-labels is {self.num_labels}, but there are {len(self.label_names)} --label-names.")
+        if len(set(self.label_names)) < len(self.label_names):
+            raise UsageError("--label-names holds a name twice.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(Settings):
+    """Host the trunk. Prints `ready ADDRESS FINGERPRINT` on stdout when parties can connect."""
+
+    model: Annotated[str, "Model directory.", _NOT_EMPTY]
+    kit: Annotated[Path, "The kit that the parties hold."]
+    bind: Annotated[str, "Address to listen on; port 0 takes a free one.", _ADDRESS, LINK] = "tcp://127.0.0.1:5555"
+    key: Annotated[Path | None, "The owner's secret key (NAME.key_secret).", LINK] = None
+    parties: Annotated[Path | None, "Directory of the parties' public keys: the allow-list.", LINK] = None
+    insecure_loopback: Annotated[bool, "No encryption and no keys; on a loopback address only.", LINK] = False
+    device: Device = "cpu"
+    dtype: Annotated[Dtype, "Type of the trunk's weights; auto is the plan's.", MACHINE] = "auto"
+    threads: Threads = None
+    workers: Annotated[int, "Workers that compute at the same time.", at_least(1), MACHINE] = 1
+    memory: Annotated[
+        Memory, "Between forward and backward keep the graph, or only the input and compute again.", MACHINE
+    ] = "keep"
+    memory_budget: Annotated[str, "Room for kept graphs and caches, such as 4GB.", _SIZE, MACHINE] = "4GB"
+    max_tokens: Annotated[int, "Largest batch: rows times length.", at_least(1)] = 32768
+    max_sessions: Annotated[int, "Sessions open at the same time.", at_least(1)] = 16
+    lease: Annotated[float, "Seconds for which an idle session keeps its caches and steps.", above(0)] = 600.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], "How much to log."] = "info"
+    log_json: Annotated[bool, "Log one JSON object a line."] = False
+    json: JsonFile = None
+
+    def check(self) -> None:
+        """Refuse an open channel beyond loopback, and an encrypted one without keys."""
+        _check_link(self.insecure_loopback, self.bind, {"--key": self.key, "--parties": self.parties})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings(Settings):
+    """Train adapters on your own rows, with the owner's trunk in the middle. Writes a run directory."""
+
+    kit: Annotated[Path, "Kit directory, as received from the owner."]
+    out: Annotated[Path, "Run directory to write."]
+    resume: Annotated[bool, "Continue from the last checkpoint in the run directory."] = False
+    protocol: Annotated[str, "Which design to run: what crosses, under which mechanism."] = "split"
+    json: JsonFile = None
+
+    owner: Annotated[str, "Address of the owner, tcp://HOST:PORT.", _REMOTE, LINK]
+    owner_key: Annotated[Path | None, "The owner's public key (NAME.key).", LINK] = None
+    key: Annotated[Path | None, "Your own secret key (NAME.key_secret).", LINK] = None
+    insecure_loopback: Annotated[bool, "No encryption and no keys; on a loopback address only.", LINK] = False
+    timeout: Timeout = 120.0
+    wire_dtype: Annotated[Dtype, "Type of tensors on the wire; auto is the type of the computation.", LINK] = "auto"
+    memory: Annotated[
+        Memory, "What the owner holds between forward and backward: the graph, or only the input.", LINK
+    ] = "keep"
+
+    train: Annotated[Path, "Rows to train on: JSONL, CSV, text, or a saved dataset.", ROWS]
+    eval: Annotated[Path | None, "Held-out rows, measured before, during and after.", ROWS] = None
+    columns: Columns = ()
+    answer_only: Annotated[bool, "Learn the answers only, not the prompts.", ROWS] = True
+    max_length: MaxLength = None
+    truncation: Annotated[Truncation, "Rows that are too long: refuse them, cut the right end, drop them.", ROWS] = (
+        "error"
+    )
+    padding_side: Annotated[Literal["right", "left"], "Where short rows are filled up.", ROWS] = "right"
+
+    device: Device = "cpu"
+    dtype: Annotated[Dtype, "Type of the computation; auto is the kit's.", MACHINE] = "auto"
+    threads: Threads = None
+
+    per_device_train_batch_size: Annotated[int, "Rows in one batch.", at_least(1), TRAINING] = 8
+    per_device_eval_batch_size: Annotated[int, "Rows in one evaluation batch.", at_least(1), TRAINING] = 8
+    gradient_accumulation_steps: Annotated[int, "Batches that make one step.", at_least(1), TRAINING] = 1
+    learning_rate: Annotated[float, "Peak learning rate.", above(0), TRAINING] = 2e-4
+    weight_decay: Annotated[float, "Weight decay.", at_least(0), TRAINING] = 0.0
+    max_grad_norm: Annotated[float, "Gradients are clipped to this norm; 0 does not clip.", at_least(0), TRAINING] = 1.0
+    num_train_epochs: Annotated[float, "Passes over the rows.", above(0), TRAINING] = 3.0
+    max_steps: Annotated[int, "Steps to train; more than 0 overrides the epochs.", at_least(-1), TRAINING] = -1
+    lr_scheduler_type: Annotated[str, "Schedule of the learning rate.", _NOT_EMPTY, TRAINING] = "linear"
+    warmup_steps: Annotated[float, "Warm-up: steps, or below 1 a share of them.", at_least(0), TRAINING] = 0.0
+    optim: Annotated[str, "Optimiser.", _NOT_EMPTY, TRAINING] = "adamw_torch"
+    logging_steps: Annotated[int, "Steps between two records.", at_least(1), TRAINING] = 10
+    eval_steps: Annotated[int | None, "Steps between two evaluations.", at_least(1), TRAINING] = None
+    save_steps: Annotated[int, "Steps between two checkpoints.", at_least(1), TRAINING] = 100
+    save_total_limit: Annotated[int, "Checkpoints to keep.", at_least(1), TRAINING] = 2
+    seed: Annotated[int, "Seed of order, dropout and new weights.", at_least(0), TRAINING] = 0
+    report_to: Annotated[str, "Trackers. Curves of private data are data: none by default.", TRAINING] = "none"
+    training_args: Annotated[
+        tuple[str, ...], "NAME=VALUE: any other field of TrainingArguments. May be repeated.", _PAIR, TRAINING
+    ] = ()
+
+    r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of the adapter."), at_least(1), ADAPTER] = 8
+    lora_alpha: Annotated[int, "Scale of the adapter, divided by the rank.", at_least(1), ADAPTER] = 16
+    lora_dropout: Annotated[float, "Dropout before the adapter.", between(0, 1), ADAPTER] = 0.0
+    target_modules: Annotated[
+        tuple[str, ...],
+        "Module to adapt, or all-linear. May be repeated. Default: PEFT's choice for the family, else all-linear.",
+        _NOT_EMPTY,
+        ADAPTER,
+    ] = ()
+    bias: Annotated[Literal["none", "all", "lora_only"], "Which biases are trained as well.", ADAPTER] = "none"
+    use_rslora: Annotated[bool, "Divide by the square root of the rank.", ADAPTER] = False
+    use_dora: Annotated[bool, "Train the weights' magnitudes as well (DoRA).", ADAPTER] = False
+
+    def check(self) -> None:
+        """Refuse an open channel beyond loopback, zero steps, and unknown training arguments."""
+        _check_link(self.insecure_loopback, self.owner, {"--owner-key": self.owner_key, "--key": self.key})
+        self.column_map()
+        if self.max_steps == 0:
+            raise UsageError(
+                "--max-steps is 0: nothing would be trained.", expected="1 or more, or -1 for whole epochs"
+            )
+        if self.training_args:
+            training_arguments(self.training_args, taken=self._own_training_names())
+
+    def column_map(self) -> dict[str, str]:
+        """Our name of a field to the file's name of its column."""
+        return parse_pairs(self.columns, "--columns")
+
+    @staticmethod
+    def _own_training_names() -> dict[str, str]:
+        options = {name: "--" + name.replace("_", "-") for name in TRAINING_NAMES}
+        return options | {"output_dir": "--out", "resume_from_checkpoint": "--resume", "use_cpu": "--device"}
+
+    def training_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `transformers.TrainingArguments`, all but the output directory.
+
+        Raises:
+            UsageError: a name or a value that `TrainingArguments` does not know.
+        """
+        named = {name: getattr(self, name) for name in TRAINING_NAMES}
+        if self.warmup_steps >= 1:
+            named["warmup_steps"] = int(self.warmup_steps)
+        pairs = [f"{name}={named[name]}" for name in ("lr_scheduler_type", "optim")]
+        extra = training_arguments(self.training_args, taken=self._own_training_names())
+        given = {name: value for name, value in named.items() if value is not None}
+        return given | training_arguments(pairs) | extra
+
+    def lora_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `peft.LoraConfig`; `target_modules` only where some were named."""
+        named: dict[str, Any] = {name: getattr(self, name) for name in ADAPTER_NAMES}
+        modules = named.pop("target_modules")
+        if modules:
+            named["target_modules"] = "all-linear" if modules == ("all-linear",) else list(modules)
+        return named
+
+
+def _names_under(panel: Panel) -> tuple[str, ...]:
+    fields = fields_of(TuneSettings)
+    return tuple(f.name for f in fields if f.info.rich_help_panel == panel.name and f.name != "training_args")
+
+
+TRAINING_NAMES = _names_under(TRAINING)
+ADAPTER_NAMES = _names_under(ADAPTER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithRun(Settings):
+    """What every command has that uses a tuned model."""
+
+    run: Annotated[Path, "Run directory; it remembers kit, owner and keys."]
+    json: JsonFile = None
+    kit: Annotated[Path | None, "Kit directory. Default: as in the run."] = None
+    owner: Annotated[str | None, "Address of the owner. Default: as in the run.", _REMOTE, LINK] = None
+    owner_key: Annotated[Path | None, "The owner's public key. Default: as in the run.", LINK] = None
+    key: Annotated[Path | None, "Your own secret key. Default: as in the run.", LINK] = None
+    timeout: Timeout = 120.0
+    device: Device = "cpu"
+    threads: Threads = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(WithRun):
+    """Write text with the tuned model, through the split."""
+
+    prompt: Annotated[str | None, "The prompt.", _NOT_EMPTY] = None
+    prompt_file: Annotated[Path | None, "A text file with the prompt."] = None
+    chat: Annotated[bool, "Put the prompt into the model's chat template."] = False
+    stream: Annotated[bool, "Print words as they come (not with several beams)."] = True
+
+    max_new_tokens: Annotated[int, "Most tokens to write.", at_least(1)] = 50
+    do_sample: Annotated[bool, "Draw at random instead of taking the likeliest token."] = False
+    temperature: Annotated[
+        float | None, "With --do-sample: below 1 keeps to likely words, above 1 is wilder.", above(0)
+    ] = None
+    top_k: Annotated[int | None, "With --do-sample: draw from the K likeliest; 0 from all.", at_least(0)] = None
+    top_p: Annotated[float | None, "With --do-sample: draw from the likeliest share P.", above(0), between(0, 1)] = None
+    num_beams: Annotated[int, "Beams of the search.", at_least(1)] = 1
+    repetition_penalty: Annotated[float, "Above 1 avoids repeating.", above(0)] = 1.0
+    seed: Annotated[int, "Seed of --do-sample.", at_least(0)] = 0
+
+    def check(self) -> None:
+        """Refuse no prompt or two, and sampling options without sampling."""
+        if (self.prompt is None) == (self.prompt_file is None):
+            came = "neither" if self.prompt is None else "both"
+            raise UsageError(f"Of --prompt and --prompt-file, {came} was given.", expected="exactly one of them")
+        for name in ("temperature", "top_k", "top_p"):
+            if getattr(self, name) is not None and not self.do_sample:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(
+                    f"{option} has no effect without --do-sample.", hint="add --do-sample, or leave it out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(WithRun):
+    """Measure the tuned model on rows, through the split."""
+
+    eval: Annotated[Path, "Rows to measure on.", ROWS]
+    split: Annotated[Literal["tuned", "base"], "With the adapter, or the model as it came."] = "tuned"
+    per_device_eval_batch_size: EvalBatch = 8
+    columns: Columns = ()
+    max_length: MaxLength = None
+    truncation: Annotated[Truncation | None, "Rows that are too long. Default: as in the run.", ROWS] = None
+
+    def check(self) -> None:
+        """Refuse a column that is mapped twice."""
+        self.column_map()
+
+    def column_map(self) -> dict[str, str]:
+        """Our name of a field to the file's name of its column."""
+        return parse_pairs(self.columns, "--columns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSettings(Settings):
+    """Check the installation, and whatever is named: kit, keys, the owner's address."""
+
+    kit: Annotated[Path | None, "Kit directory to check."] = None
+    owner: Annotated[str | None, "Address to reach, tcp://HOST:PORT.", _REMOTE, LINK] = None
+    owner_key: Annotated[Path | None, "The owner's public key.", LINK] = None
+    key: Annotated[Path | None, "Your own secret key.", LINK] = None
+    json: JsonFile = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(Settings):
+    """Run the whole system on this machine: an owner, two parties, real text, a small model; ends with a report."""
+
+    out: Annotated[Path, "Directory for the demo's files."] = Path("demo-out")
+    max_steps: Annotated[int, "Training steps of each party.", at_least(1)] = 60
+    seed: Annotated[int, "Seed of the whole demo.", at_least(0)] = 0
+    keep: Annotated[bool, "Keep keys, kit and checkpoints when it is over."] = True
+    json: JsonFile = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings(Settings):
+    """Measure speed and size, always beside a reference of the same run."""
+
+    name: Annotated[str, typer.Argument(help="Which benchmark to run.")]
+    models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", _NOT_EMPTY] = ("S", "M", "L")
+    shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", _SHAPE] = ("8x128", "4x512")
+    threads: Threads = None
+    steps: Annotated[int, "Steps to measure for each case.", at_least(1)] = 10
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], "Type of the computation.", MACHINE] = "float32"
+    json: JsonFile = None
+
+
+def _check_link(insecure: bool, address: str, keys: dict[str, Path | None]) -> None:
+    if insecure and not on_loopback(address):
+        raise UsageError(
+            f"--insecure-loopback was given, but {address} is not a loopback address.",
+            expected="tcp://127.0.0.1:PORT or tcp://[::1]:PORT",
+            hint="leave --insecure-loopback out, and use keys",
+        )
+    for option, path in keys.items():
+        if insecure and path is not None:
+            raise UsageError(f"{option} has no effect with --insecure-loopback.", hint="give one of the two")
+        if not insecure and path is None:
+            raise UsageError(
+                f"Missing option {option}.",
+                hint="make keys with `splitfl keys new NAME`; the option may also stand in a file given with --config",
+            )

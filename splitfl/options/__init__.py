@@ -1,0 +1,28 @@
+"""The machinery behind every command: one frozen record of settings gives options, help, types and the config file."""
+
+from splitfl.options.command import command
+from splitfl.options.console import explain, run_app
+from splitfl.options.file import plain_settings, read_config, to_toml
+from splitfl.options.records import Check, Panel, Settings, above, at_least, between, fields_of
+from splitfl.options.values import on_loopback, parse_address, parse_pairs, parse_shape, parse_size
+
+__all__ = [
+    "Check",
+    "Panel",
+    "Settings",
+    "above",
+    "at_least",
+    "between",
+    "command",
+    "explain",
+    "fields_of",
+    "on_loopback",
+    "parse_address",
+    "parse_pairs",
+    "parse_shape",
+    "parse_size",
+    "plain_settings",
+    "read_config",
+    "run_app",
+    "to_toml",
+]
