@@ -39,6 +39,8 @@ _FOREIGN_ARGUMENTS = {
     "cache_params": "its layers are state-space models with a cache of their own",
     "original_hidden_states": "its layers read the embedding output again, past the cut",
     "v1": "its layers read values of the first layer, past the cut",
+    "block_states": "its layers read the states of earlier blocks of layers, past the cut",
+    "input_ids": "its layers read the token ids themselves",
 }
 
 

@@ -143,6 +143,7 @@ def encode_prompt(
     *,
     form: FormName = "prompt-completion",
     bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
 ) -> list[int]:
     """Token ids that a model tuned on rows of this form is to continue: rendered as the training rows were.
 
@@ -151,12 +152,16 @@ def encode_prompt(
         prompt: the user's words, or the turns so far.
         form: `Rows.form` of the training rows.
         bos_token_id: as given to `tokenise`.
+        eos_token_id: as given to `tokenise`.
     """
     templated = has_template(tokenizer, form)
-    ids = _call(tokenizer, [render_prompt(tokenizer, prompt, form)], special=not templated)["input_ids"][0]
-    while not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-        ids = ids[:-1]
-    return ids if templated else _with_bos(ids, bos_token_id)
+    eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    text = render_prompt(tokenizer, prompt, form, eos=_written(tokenizer, eos))
+    ids = list(_call(tokenizer, [text], special=not templated)["input_ids"][0])
+    if templated:
+        return ids
+    # Some tokenizers end every text, which a prompt must not be.
+    return _with_bos(ids[:-1] if eos is not None and ids[-1:] == [eos] else ids, bos_token_id)
 
 
 class Collator:
@@ -251,6 +256,10 @@ def _call(tokenizer: Any, texts: list[str], *, special: bool = True, offsets: bo
     )
 
 
+def _written(tokenizer: Any, eos: int | None) -> str:
+    return "" if eos is None else str(tokenizer.convert_ids_to_tokens(eos))
+
+
 def _with_bos(ids: list[int], bos: int | None) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
@@ -279,10 +288,9 @@ def _answered(
 ) -> Iterator[tuple[Row, Example]]:
     joined = rows.form != "text" and not has_template(tokenizer, rows.form)
     eos = tokenizer.eos_token_id if eos is None else eos
-    ending = "" if eos is None else str(tokenizer.convert_ids_to_tokens(eos))
     special = joined or rows.form == "text"  # a chat template writes its own special tokens
     for chunk in _chunks(rows):
-        rendered = render(rows, chunk, tokenizer, eos=ending, answer_only=answer_only)
+        rendered = render(rows, chunk, tokenizer, eos=_written(tokenizer, eos), answer_only=answer_only)
         offsets = tokenizer.is_fast and any(each.answers[0][0] > 0 for each in rendered)
         out = _call(tokenizer, [each.text for each in rendered], special=special, offsets=offsets)
         for index, (row, text) in enumerate(zip(chunk, rendered, strict=True)):

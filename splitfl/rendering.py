@@ -42,7 +42,8 @@ def render(rows: Rows, chunk: Sequence[Row], tokenizer: Any, *, eos: str, answer
         rows: the whole file, for its form and for places in errors.
         chunk: the rows to render.
         tokenizer: its chat template is used where it has one.
-        eos: text that ends an answer where no chat template does.
+        eos: text that ends the answers inside a row where no chat template does. The end of a row is not marked:
+            there the token itself is put.
         answer_only: whether to look for the answers; without, the whole text of a row is one answer.
 
     Raises:
@@ -53,21 +54,18 @@ def render(rows: Rows, chunk: Sequence[Row], tokenizer: Any, *, eos: str, answer
     if has_template(tokenizer, rows.form):
         rendered = _templated(rows, chunk, tokenizer, answer_only=answer_only)
     else:
-        rendered = [_turns_joined(row, eos) if row.messages else _parts_joined(row, rows.form, eos) for row in chunk]
+        rendered = [_joined(row, rows.form, eos) for row in chunk]
     return rendered if answer_only else [Rendered(each.text, ((0, len(each.text)),)) for each in rendered]
 
 
-def render_prompt(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], form: FormName) -> str:
+def render_prompt(tokenizer: Any, prompt: str | Sequence[Turn], form: FormName, *, eos: str = "") -> str:
     """The text that a model tuned on rows of this form is to continue; `prompt` is a string, or the turns so far."""
-    if form == "text" and isinstance(prompt, str):
-        return prompt
-    if has_template(tokenizer, form):
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    if isinstance(prompt, str) and form != "messages":
+    if isinstance(prompt, str) and (form == "text" or (form != "messages" and not has_template(tokenizer, form))):
         return prompt + _gap(form)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-    return "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + "assistant:"
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if has_template(tokenizer, form):
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _turns_joined([*turns, {"role": "assistant", "content": ""}], eos)[0].removesuffix(" ")
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -82,28 +80,31 @@ def _gap(form: FormName) -> str:
     return "\n\n" if form == "instruction" else ""
 
 
-def _ended(answer: str, eos: str) -> str:
-    return answer if eos and answer.endswith(eos) else answer + eos
+def _joined(row: Row, form: FormName, eos: str) -> Rendered:
+    if not row.messages:
+        return _parts_joined(row, form)
+    text, answers = _turns_joined(row.messages, eos)
+    return Rendered(text, tuple(span for number, span in answers.items() if number >= row.answers_from))
 
 
-def _parts_joined(row: Row, form: FormName, eos: str) -> Rendered:
+def _parts_joined(row: Row, form: FormName) -> Rendered:
     prompt = f"{row.prompt}{_gap(form)}"
-    text = prompt + _ended(str(row.completion), eos)
-    return Rendered(text, ((len(prompt), len(text)),))
+    return Rendered(prompt + str(row.completion), ((len(prompt), len(prompt) + len(str(row.completion))),))
 
 
-def _turns_joined(row: Row, eos: str) -> Rendered:
-    text, answers = "", []
-    for number, turn in enumerate(row.messages):
+def _turns_joined(turns: Sequence[Turn], eos: str) -> tuple[str, dict[int, tuple[int, int]]]:
+    """The text of the turns, and the range of each assistant turn by its number. The last turn is not ended."""
+    text, answers = "", {}
+    for number, turn in enumerate(turns):
         text += f"{turn['role']}:"
         begin = len(text)
+        text += f" {turn['content']}"
+        last = number + 1 == len(turns)
         if turn["role"] == "assistant":
-            text += " " + _ended(turn["content"], eos)
-            answers += [(begin, len(text))] if number >= row.answers_from else []
-        else:
-            text += f" {turn['content']}"
-        text += "\n" if number + 1 < len(row.messages) else ""
-    return Rendered(text, tuple(answers))
+            text += "" if last or turn["content"].endswith(eos) else eos
+            answers[number] = (begin, len(text))
+        text += "" if last else "\n"
+    return text, answers
 
 
 # ---- with a template

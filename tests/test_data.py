@@ -29,7 +29,8 @@ from splitfl.errors import DataError, UsageError
 from tests.small_tokenizers import CHATML, DATA, TERSE, bpe
 
 SECRET = "Zacharias4711"
-PLAIN, WITH_BOS, CHAT, SHORT = bpe(), bpe(adds_bos=True), bpe(CHATML), bpe(TERSE)
+PLAIN, WITH_BOS, CHAT, TRIMS = bpe(), bpe(adds_bos=True), bpe(CHATML), bpe(TERSE)
+BYTES = ByT5Tokenizer()
 SHARED = Path(os.environ.get("SPLITFL_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -52,7 +53,7 @@ def learnt(example: dict[str, Any]) -> list[int]:
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=24).filter(str.strip)
 
 
-@given(prompt=WORDS, completion=WORDS, tokenizer=st.sampled_from([PLAIN, WITH_BOS, CHAT]))
+@given(prompt=WORDS, completion=WORDS, tokenizer=st.sampled_from([PLAIN, WITH_BOS, CHAT, TRIMS]))
 def test_what_is_learnt_reads_as_the_answer(
     tmp_path_factory: pytest.TempPathFactory, prompt: str, completion: str, tokenizer: Any
 ) -> None:
@@ -62,8 +63,9 @@ def test_what_is_learnt_reads_as_the_answer(
     assert len(ids) == len(labels) == len(example["attention_mask"])
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     answer = tokenizer.decode(learnt(example))
-    if tokenizer is CHAT:
-        assert answer == f"{completion}<|im_end|>\n"
+    if tokenizer.chat_template:
+        expected = f"{completion}<|im_end|>\n" if tokenizer is CHAT else f" {completion.strip()}</s>"
+        assert answer == expected
         return
     # A token across the border belongs to the answer, so the end of the prompt may come with it.
     assert answer.endswith(f"{completion}</s>")
@@ -75,7 +77,7 @@ def test_what_is_learnt_reads_as_the_answer(
 
 @given(prompt=WORDS, completion=WORDS)
 def test_a_tokenizer_without_offsets(tmp_path_factory: pytest.TempPathFactory, prompt: str, completion: str) -> None:
-    tokenizer = ByT5Tokenizer()
+    tokenizer = BYTES
     path = lines(tmp_path_factory.getbasetemp() / "rows.jsonl", {"prompt": prompt, "completion": completion})
     [example] = examples(path, tokenizer)
     assert not tokenizer.is_fast
@@ -92,9 +94,7 @@ def test_the_prompt_at_generation_is_the_prompt_in_training(name: str, tokenizer
         ids = example["input_ids"]
         unlearnt = [label == IGNORED for label in example["labels"]]
         last = len(unlearnt) - unlearnt[::-1].index(True)  # where the last answer begins
-        # "Dach? " ends in a space, which goes into the answer's first token when it is followed by a letter.
-        assert prompt[:last] == ids[:last]
-        assert len(prompt) - last == (tokenizer is not CHAT and str(row.prompt).endswith(" "))
+        assert prompt == ids[:last]
 
 
 def test_plain_text_counts_whole_and_gets_what_the_tokenizer_adds() -> None:
@@ -262,8 +262,8 @@ def test_a_batch_has_the_loss_of_its_rows(side: Any) -> None:
 def test_trainer_takes_the_examples_and_the_collator(tmp_path: Path) -> None:
     model, rows = tiny().train(), examples(DATA / "messages.jsonl", CHAT)
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], save_strategy="no",
-        logging_steps=1, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        str(tmp_path), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(model, arguments, data_collator=Collator(CHAT), train_dataset=rows)  # type: ignore[arg-type]
     trainer.train()
@@ -305,13 +305,14 @@ def test_pairs_keep_their_types_and_their_closing_token() -> None:
     assert cut.counts.truncated == 2
     batch = Collator(tokenizer, padding_side="left")(whole)
     assert batch["token_type_ids"].shape == batch["input_ids"].shape
-    with pytest.raises(DataError, match="labelled_pairs.jsonl:1: the row is"):
+    with pytest.raises(DataError, match=r"labelled_pairs\.jsonl:1: the row is"):
         tokenise(rows, tokenizer, max_length=10)
 
 
 # ---- beside other people's work
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # by TRL's own default
 def test_same_ids_and_labels_as_trl(tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     cases = [("prompt_completion", PLAIN), ("prompt_completion", WITH_BOS), ("prompt_completion_turns", CHAT)]

@@ -30,18 +30,19 @@ def answers(path: Path, tokenizer: Any, eos: str = "</s>") -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("template", "ends", "opens"),
-    [(None, "</s>", " "), (CHATML, "<|im_end|>\n", ""), (TERSE, "</s>", " "), (THINKING, "", "")],
+    [(None, "", " "), (CHATML, "<|im_end|>\n", ""), (TERSE, "</s>", " "), (THINKING, "", "")],
     ids=["none", "chatml", "terse", "thinking"],
 )
 def test_every_assistant_turn_is_an_answer_up_to_its_end(
     tmp_path: Path, template: str | None, ends: str, opens: str
 ) -> None:
+    inside = "" if template else "</s>"  # without a template the last eos is put as a token, later
     chats = [
         [("user", "Say yes."), ("assistant", "yes"), ("user", "Say yes again."), ("assistant", "yes\nand yes")],
         [("user", "yes?"), ("assistant", "no")],
     ]
     assert answers(written(tmp_path / "rows.jsonl", *chats), bpe(template)) == [
-        [f"{opens}yes{ends}", f"{opens}yes\nand yes{ends}"],
+        [f"{opens}yes{ends or inside}", f"{opens}yes\nand yes{ends}"],
         [f"{opens}no{ends}"],
     ]
 
@@ -50,20 +51,20 @@ def test_turns_of_the_prompt_are_no_answers() -> None:
     assert answers(DATA / "prompt_completion_turns.jsonl", bpe(CHATML))[1] == [
         "Two miles east of the mill.<|im_end|>\n"
     ]
-    assert answers(DATA / "prompt_completion_turns.jsonl", bpe())[1] == [" Two miles east of the mill.</s>"]
+    assert answers(DATA / "prompt_completion_turns.jsonl", bpe())[1] == [" Two miles east of the mill."]
 
 
 def test_rows_without_a_template_are_joined_as_they_are() -> None:
     rows = load_rows(DATA / "alpaca.jsonl", task="causal-lm")
     first = render(rows, rows[:1], bpe(), eos="</s>", answer_only=True)[0]
-    assert first.text == "Put the words in order.\n\nmill old the\n\nthe old mill</s>"
+    assert first.text == "Put the words in order.\n\nmill old the\n\nthe old mill"
     rows = load_rows(DATA / "prompt_completion.jsonl", task="causal-lm")
-    first = render(rows, rows[:1], bpe(), eos="", answer_only=True)[0]
+    first = render(rows, rows[:1], bpe(), eos="</s>", answer_only=True)[0]
     assert first.text == "Where does the river end? In the salt marsh, two miles east of the mill."
 
 
 def test_an_answer_that_ends_itself_is_not_ended_twice(tmp_path: Path) -> None:
-    path = written(tmp_path / "rows.jsonl", [("user", "a"), ("assistant", "b</s>")])
+    path = written(tmp_path / "rows.jsonl", [("user", "a"), ("assistant", "b</s>"), ("user", "c")])
     assert answers(path, bpe()) == [[" b</s>"]]
 
 
@@ -99,7 +100,7 @@ def test_templates_of_published_models(tmp_path: Path, path: Path) -> None:
     rows = written(tmp_path / "rows.jsonl", turns)
     tokenizer = bpe(path.read_text(encoding="utf-8"))
     if path.stem.removesuffix("_training") in NEEDS_PARTS:
-        with pytest.raises(DataError, match="rows.jsonl:1: the chat template (refuses|does not show)"):
+        with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template (refuses|does not show)"):
             answers(rows, tokenizer)
         return
     first, second = answers(rows, tokenizer)[0]

@@ -190,8 +190,6 @@ class PartySocket:
         self._drop(linger_ms=_LINGER_MS)
         self._context.term()
 
-    # ---- the link
-
     def _connect(self) -> None:
         link = self._socket = self._context.socket(zmq.DEALER)
         _set_options(link, self.address, self._max_message_bytes)

@@ -1,0 +1,57 @@
+# `make demo` and `make test` set everything up by themselves; they need Python 3.11+, make and a C compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread a process: the tests run many small processes at once.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+DEMO_ARGS ?=
+
+.PHONY: help demo test check format lint types fast docs bench clean
+
+help:
+	@echo "make demo    an owner and two parties on this machine, real text; writes demo-out/report.html"
+	@echo "make test    every test that belongs to a change"
+	@echo "make check   format, lint, types and the fast tests"
+	@echo "make docs    write the generated pages again (docs/families.md, docs/protocols.md)"
+	@echo "make bench   splitfl bench split (an hour or more)"
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]' --group dev
+	touch $@
+
+demo: $(READY)
+	$(BIN)/splitfl demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+check: $(READY) lint types fast
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+fast: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+
+docs: $(READY)
+	$(TEST_ENV) $(BIN)/python -m tests.equivalence.table
+	$(BIN)/python -m protocols.page > docs/protocols.md
+
+bench: $(READY)
+	$(BIN)/splitfl bench split --json bench-split.json
+
+clean:
+	rm -rf $(VENV) demo-out build dist *.egg-info
