@@ -43,7 +43,7 @@ Memory: TypeAlias = Literal["keep", "recompute"]
 Tap: TypeAlias = Callable[[str, Sequence[Frame]], None]
 """Sees every message that crosses: ``"sent"`` or ``"received"``, and its frames."""
 
-_RESEND_AFTER_S = 20.0
+_RESEND_AFTER_S = 60.0
 LARGEST_BATCH_TOKENS = 65_536  # B x T; what the party takes from an owner in one message is sized by it
 
 

@@ -203,8 +203,8 @@ def _tune_all(settings: DemoSettings, out: Path, address: str, say: Any) -> None
 def _start_tuning(settings: DemoSettings, out: Path, party: str, address: str) -> subprocess.Popen[bytes]:
     data = assets() / "data"
     words = ["tune", "--kit", str(out / "kit"), "--owner", address, "--owner-key", str(out / "keys" / "owner.key"),
-             "--key", str(out / "keys" / f"{party}.key_secret"), "--train", str(data / f"{party}_train.jsonl"),
-             "--eval", str(data / f"{party}_eval.jsonl"), "--out", str(out / party), "--protocol", "split",
+             "--key", str(out / "keys" / f"{party}.key_secret"), "--train", str(data / f"{party}.train.jsonl"),
+             "--eval", str(data / f"{party}.held.jsonl"), "--out", str(out / party), "--protocol", "split",
              "--max-steps", str(settings.max_steps), "--seed", str(settings.seed)]  # fmt: skip
     options = [word for pair in _TUNING.items() for word in pair]
     with (out / f"{party}.log").open("wb") as log:
@@ -242,7 +242,7 @@ def _outcome(party: str, out: Path, model: Path) -> Outcome:
         party=party,
         before=losses["before"],
         after=losses["after"],
-        unsplit=_unsplit_loss(out / party / "adapter", assets() / "data" / f"{party}_eval.jsonl", model),
+        unsplit=_unsplit_loss(out / party / "adapter", assets() / "data" / f"{party}.held.jsonl", model),
         tokens_per_s=sum(r["tokens"] for r in trained) / sum(r["seconds"] for r in trained),
         bytes_sent=end["bytes_sent"],
         bytes_received=end["bytes_received"],
