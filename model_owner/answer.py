@@ -1,34 +1,31 @@
 """The owner's side of one request: from checked message to reply, or to a refusal that says why.
 
-Work that touches tensors runs on a worker (`Work`); everything else happens on the thread that owns the sockets.
+Sizes were checked before; here values are: a number that would make the model fail, or fail for others, stops here.
+Work on tensors runs on a worker; sessions and their caches are changed by the thread that owns the sockets alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from transformers import Cache
 
-from model_owner.memory import MemoryBudget
+from model_owner.memory import Costs, MemoryBudget
 from model_owner.sessions import HeldCache, HeldSession
 from model_owner.trunk import CacheMismatchError, Kept, Trunk
 from splitfl.link import TrunkRequest
-from splitfl.wire.codecs import Frame
+from splitfl.wire.codecs import TORCH_DTYPES, Frame
 from splitfl.wire.frames import Violation, encode
 from splitfl.wire.messages import Backward, BackwardDone, Forward, ForwardDone, TensorName
+
+_MAX_CACHES = 256  # a session; each costs some memory even if it holds next to nothing
 
 
 class Refusal(Violation):
     """The owner cannot do what was asked, though it was well formed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """What one token takes, measured at start-up."""
-
-    graph: int
-    cache: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +42,55 @@ class Answerer:
 
     def __init__(self, trunk: Trunk, budget: MemoryBudget, costs: Costs) -> None:
         self.trunk, self.budget, self.costs = trunk, budget, costs
+        table = getattr(trunk.base.config.get_text_config(), "max_position_embeddings", None)
+        self._positions = table if isinstance(table, int) and table > 0 else None
 
-    def forward(self, held: HeldSession, message: Forward, tensors: dict[TensorName, torch.Tensor]) -> Outcome:
+    def open_cache(self, held: HeldSession, message: Forward) -> Cache:
+        """The cache that `message` names, with its bytes reserved. Called where sessions live, with the cache's turn.
+
+        Raises:
+            Refusal: there is no such cache, it does not fit, or there is no room.
+        """
+        assert message.cache is not None  # noqa: S101
+        rows, new, _ = message.tensors[0].shape
+        if not self.costs.cache:
+            raise Refusal("This model is served without caches.", code="unknown_cache", hint="send whole sequences")
+        if message.keep:
+            raise _malformed("A step to be kept names a cache", "one of the two")
+        entry = held.caches.get(message.cache)
+        if message.past:
+            if entry is None:
+                raise Refusal(
+                    "This cache is not held here.", code="unknown_cache", hint="start the generation from its prompt"
+                )
+            _check_fit(entry, message, rows)
+        else:
+            if message.rows is not None:
+                raise _malformed("An empty cache was to be reordered", "`rows` only with `past`")
+            if entry is None and len(held.caches) >= _MAX_CACHES:
+                raise _no_room(f"more than {_MAX_CACHES} caches of one session")
+            entry = HeldCache(self.trunk.new_cache(), reserved=0 if entry is None else entry.reserved)
+            held.caches[message.cache] = entry
+        # Reordering comes before cutting back, so for a moment there are so many rows of the old length.
+        needed = rows * max(message.past + new, entry.length) * self.costs.cache
+        if needed > entry.reserved:
+            if not held.budget.take(needed - entry.reserved):
+                raise _no_room("the cache")
+            entry.reserved = needed
+        entry.rows, entry.length = rows, message.past + new
+        return entry.cache
+
+    def forward(
+        self, held: HeldSession, message: Forward, tensors: dict[TensorName, torch.Tensor], cache: Cache | None = None
+    ) -> Outcome:
         """Run the trunk. Called on a worker.
 
         Raises:
-            Refusal: not finite, no room, or a cache that does not fit.
+            Refusal: values that are not finite or out of range, no room, or a cache that does not fit.
         """
-        hidden = tensors["hidden"]
-        _check_finite(hidden, "hidden state")
+        self._check_values(message, tensors)
         request = TrunkRequest(
-            hidden=hidden,
+            hidden=tensors["hidden"],
             mask=tensors.get("mask"),
             positions=tensors.get("positions"),
             keep=message.keep,
@@ -63,65 +98,77 @@ class Answerer:
             past=message.past,
             rows=message.rows,
         )
-        if message.keep:
-            return self._forward_kept(held, message, request)
-        cache = self._cache_for(held, message, request) if message.cache is not None else None
-        try:
+        with _refusing_what_does_not_fit():
+            if message.keep:
+                return self._forward_kept(held, message, request)
             output = self.trunk.forward(request, cache)
-        except CacheMismatchError as error:
-            raise Refusal(error.problem, code="unknown_cache", expected=error.expected, hint=error.hint) from error
-        return Outcome(frames=self._reply(held, ForwardDone(session=held.key[1], step=message.step), "hidden", output))
+            done = ForwardDone(session=held.key[1], step=message.step)
+            return Outcome(frames=self._reply(held, done, "hidden", output))
 
     def backward(self, held: HeldSession, message: Backward, kept: Kept, gradient: torch.Tensor) -> Outcome:
-        """Carry a gradient through a kept step. Called on a worker.
+        """Carry a gradient through a kept step. Called on a worker. Whatever it raises, the graph may be used up.
 
         Raises:
-            Refusal: not finite.
+            Refusal: not finite, or no room.
         """
         _check_finite(gradient, "gradient")
-        result = self.trunk.backward(kept, gradient)
-        return Outcome(
-            frames=self._reply(held, BackwardDone(session=held.key[1], step=message.step), "gradient", result)
-        )
+        with _refusing_what_does_not_fit():
+            result = self.trunk.backward(kept, gradient)
+            done = BackwardDone(session=held.key[1], step=message.step)
+            return Outcome(frames=self._reply(held, done, "gradient", result))
 
     def _forward_kept(self, held: HeldSession, message: Forward, request: TrunkRequest) -> Outcome:
-        tokens = request.hidden.shape[0] * request.hidden.shape[1]
+        rows, length, _ = request.hidden.shape
         for recompute in [True] if held.recompute else [False, True]:
-            size = request.hidden.nbytes if recompute else tokens * self.costs.graph
-            if not self.budget.take(size):
+            size = request.hidden.nbytes if recompute else self.costs.of_graph(rows, length)
+            if not held.budget.take(size):
                 continue
             try:
                 output, kept = self.trunk.forward_kept(request, recompute=recompute)
                 done = ForwardDone(session=held.key[1], step=message.step)
                 return Outcome(frames=self._reply(held, done, "hidden", output), kept=kept, reserved=size)
             except BaseException:
-                self.budget.give_back(size)
+                held.budget.give_back(size)
                 raise
         raise _no_room("the step's input")
 
-    def _cache_for(self, held: HeldSession, message: Forward, request: TrunkRequest) -> Cache:
-        assert message.cache is not None  # noqa: S101
-        entry = held.caches.get(message.cache)
-        if entry is None:
-            if message.past:
-                raise Refusal(
-                    "This cache is not held here.", code="unknown_cache", hint="start the generation from its prompt"
-                )
-            entry = held.caches[message.cache] = HeldCache(self.trunk.new_cache())
-        rows, new, _ = request.hidden.shape
-        needed = rows * (message.past + new) * self.costs.cache
-        if needed > entry.reserved:
-            if not self.budget.take(needed - entry.reserved):
-                held.drop_cache(message.cache)
-                raise _no_room("the cache")
-            entry.reserved = needed
-        return entry.cache
+    def _check_values(self, message: Forward, tensors: dict[TensorName, torch.Tensor]) -> None:
+        _check_finite(tensors["hidden"], "hidden state")
+        mask, positions = tensors.get("mask"), tensors.get("positions")
+        if mask is not None:
+            total = message.past + tensors["hidden"].shape[1]
+            if mask.shape[1] != total:
+                raise _malformed("The mask does not fit the positions", f"{total} columns, cached positions included")
+            if bool((mask > 1).any()):
+                raise _malformed("The mask holds something else than 0 and 1", "1 where there is a token, 0 elsewhere")
+        if positions is not None:
+            low, high = int(positions.min()), int(positions.max())
+            if low < 0 or (self._positions is not None and high >= self._positions):
+                raise _malformed("A position is out of range", f"0 to {(self._positions or 2**31) - 1}")
 
     def _reply(
         self, held: HeldSession, message: ForwardDone | BackwardDone, name: TensorName, result: torch.Tensor
     ) -> list[Frame]:
-        _check_finite(result, "trunk's result")
-        return encode(message, {name: result}, held.limits.wire_dtype)
+        sent = result.to(TORCH_DTYPES[held.limits.wire_dtype])  # before the check: a narrow dtype makes infinities
+        _check_finite(sent, "trunk's result")
+        return encode(message, {name: sent}, held.limits.wire_dtype)
+
+
+def _check_fit(entry: HeldCache, message: Forward, rows: int) -> None:
+    """Whether `rows` new rows can go on from the cache as it is, or as `message.rows` reorders it."""
+    if message.past > entry.length:
+        raise Refusal(
+            f"The cache holds {entry.length} positions, the request goes on from {message.past}.",
+            code="unknown_cache",
+            expected=f"at most {entry.length}",
+        )
+    order = message.rows
+    if rows != (entry.rows if order is None else len(order)) or (order is not None and max(order) >= entry.rows):
+        raise Refusal(
+            f"The request's rows do not fit a cache of {entry.rows} rows.",
+            code="unknown_cache",
+            expected="as many rows as the cache has, or the number of one of them for each row",
+        )
 
 
 def _check_finite(tensor: torch.Tensor, what: str) -> None:
@@ -134,9 +181,26 @@ def _check_finite(tensor: torch.Tensor, what: str) -> None:
         )
 
 
+@contextmanager
+def _refusing_what_does_not_fit() -> Iterator[None]:
+    """Say as a refusal what the trunk and the machine's memory cannot do."""
+    try:
+        yield
+    except CacheMismatchError as error:
+        raise Refusal(error.problem, code="unknown_cache", expected=error.expected, hint=error.hint) from error
+    except (MemoryError, RuntimeError) as error:  # torch says it in its own class on a GPU, and in words on a CPU
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise _no_room("this request's computation") from error
+        raise
+
+
+def _malformed(problem: str, expected: str) -> Refusal:
+    return Refusal(f"{problem}.", code="malformed", expected=expected)
+
+
 def _no_room(what: str) -> Refusal:
     return Refusal(
-        f"The owner's memory budget has no room for {what}.",
+        f"The owner's memory has no room for {what}.",
         code="busy",
         hint="try again later, send a smaller batch, or ask the owner for a larger --memory-budget",
     )

@@ -366,12 +366,16 @@ class DemoSettings(Settings):
 class BenchSettings(Settings):
     """Measure speed and size, always beside a reference of the same run."""
 
-    name: Annotated[str, typer.Argument(help="Which benchmark to run.")]
+    name: Annotated[str, typer.Argument(help="Which benchmark to run: split.")]
     models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", _NOT_EMPTY] = ("S", "M", "L")
     shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", _SHAPE] = ("8x128", "4x512")
-    threads: Threads = None
-    steps: Annotated[int, "Steps to measure for each case.", at_least(1)] = 10
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], "Type of the computation.", MACHINE] = "float32"
+    work: Annotated[Literal["all", "train", "generate"], "What to measure."] = "all"
+    threads: Annotated[tuple[int, ...], "CPU threads of each side. Default: 1, and 2.", at_least(1), MACHINE] = ()
+    steps: Annotated[int, "Steps or generations to measure in each case, after the warm-up.", at_least(1)] = 10
+    new_tokens: Annotated[int, "Tokens that one generation writes.", between(2, 512)] = 64
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], "Type of computation and wire.", MACHINE] = "float32"
+    cache: Annotated[Path | None, "Keep checkpoints and kits here. Default: made for this run and removed."] = None
+    resume: Annotated[bool, "Leave out the cases whose figures are in the --json file already."] = False
     json: JsonFile = None
 
 

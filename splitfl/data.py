@@ -9,20 +9,18 @@ Legend: B rows, T tokens of the longest row in the batch.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, islice
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, TypeAlias, get_args
 
-import msgspec
 import torch
 from torch import Tensor
 
 from splitfl.errors import DataError, UsageError, nearest
 from splitfl.rendering import Rendered, has_template, render, render_prompt, shared_length
-from splitfl.rows import FormName, Row, Rows, Turn, load_rows
+from splitfl.rows import FormName, Row, Rows, Turn, fingerprint, load_rows
 
 __all__ = ["Collator", "Counts", "Examples", "Row", "Rows", "encode_prompt", "fingerprint", "load_rows", "tokenise"]
 
@@ -101,38 +99,23 @@ def tokenise(
         raise UsageError(f"max_length is {max_length}", expected="at least 2: one token to predict another from")
     if truncation not in get_args(Truncation):
         raise UsageError(f"there is no truncation {truncation!r}", hint=nearest(truncation, get_args(Truncation)))
-    if rows.task == "sequence-classification":
-        pairs = _classified(rows, tokenizer, bos_token_id)
-    else:
-        pairs = _answered(rows, tokenizer, answer_only, bos_token_id, eos_token_id)
-    kept, long, truncated, barren = Examples(), [], 0, 0
-    for row, example in pairs:
-        ids = example["input_ids"]
-        if not _targets(example):
-            barren += 1
-            if not rows.paragraphs or len(rows) == barren:  # a running text may hold a line of one token
-                problem = f"{rows.place(row)}: the row gives {len(ids)} tokens and none to learn from"
-                raise DataError(problem, expected="an answer, or a text of two tokens or more")
-        elif len(ids) <= max_length:
-            kept.append(example)
-        elif rows.paragraphs:
-            kept.extend(_blocks(ids, max_length, tokenizer.bos_token_id if bos_token_id is None else bos_token_id))
-        elif truncation == "right" and _targets(cut := _cut(row, example, tokenizer, max_length, bos_token_id)):
-            kept.append(cut)
-            truncated += 1
-        else:
-            long.append((row, len(ids)))
-    if long and (truncation == "error" or not kept):
-        raise _too_long(rows, long, max_length, truncation)
-    templated = has_template(tokenizer, rows.form)
+    eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    how = _How(tokenizer, rows, max_length, truncation, answer_only, bos_token_id, eos)
+    kept, left = Examples(), _Left()
+    for row, example in _classified(how) if rows.task == "sequence-classification" else _answered(how):
+        kept.extend(_fitting(how, row, example, left))
+    if left.long and (truncation == "error" or not kept):
+        raise _too_long(how, left.long)
+    if not kept:
+        raise _barren(rows, rows[0])
     kept.counts = Counts(
         rows=len(rows),
         examples=len(kept),
         tokens=sum(len(example["input_ids"]) for example in kept),
         answer_tokens=sum(map(_targets, kept)),
-        truncated=truncated,
-        dropped=len(long) + barren,
-        rendering="chat template" if templated else "joined" if rows.form in _PARTS else "as it is",
+        truncated=left.truncated,
+        dropped=len(left.long) + left.barren,
+        rendering="chat template" if how.templated else "joined" if rows.form in _PARTS else "as it is",
     )
     return kept
 
@@ -217,32 +200,29 @@ class Collator:
         return padded_BT
 
 
-def fingerprint(rows: Iterable[Row]) -> str:
-    """Hash of what the rows hold: 64 hex digits, the same in any order and file format, other when a row is repeated.
-
-    It is not salted: whoever can guess the rows can confirm the guess, so it stays on the data holder's machine.
-    """
-    whole = hashlib.blake2b(digest_size=32, person=b"splitfl rows")
-    for digest in sorted(_digest(row) for row in rows):
-        whole.update(digest)
-    return whole.hexdigest()
-
-
-def _digest(row: Row) -> bytes:
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in row.messages]
-    label = None if row.label is None else str(row.label)
-    content = (row.text, row.text_pair, row.prompt, row.completion, turns, row.answers_from, label)
-    packed = msgspec.msgpack.encode(content, order="deterministic")
-    return hashlib.blake2b(packed, digest_size=32, person=b"splitfl row").digest()
-
-
 # ---- rows -> examples of any length
 
 
-def _chunks(rows: Rows) -> Iterator[list[Row]]:
-    left = iter(rows)
-    while chunk := list(islice(left, _CHUNK)):
-        yield chunk
+@dataclass(frozen=True, slots=True, repr=False)
+class _How:
+    """The arguments of `tokenise`."""
+
+    tokenizer: Any
+    rows: Rows
+    max_length: int
+    truncation: Truncation
+    answer_only: bool
+    bos: int | None
+    eos: int | None
+
+    @property
+    def templated(self) -> bool:
+        return has_template(self.tokenizer, self.rows.form)
+
+    def chunks(self) -> Iterator[list[Row]]:
+        rest = iter(self.rows)
+        while chunk := list(islice(rest, _CHUNK)):
+            yield chunk
 
 
 def _call(tokenizer: Any, texts: list[str], *, special: bool = True, offsets: bool = False) -> Any:
@@ -264,42 +244,40 @@ def _with_bos(ids: list[int], bos: int | None) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def _classified(rows: Rows, tokenizer: Any, bos: int | None) -> Iterator[tuple[Row, Example]]:
-    for chunk in _chunks(rows):
-        for row, example in zip(chunk, _encode(chunk, tokenizer, bos), strict=True):
-            yield row, example | {"labels": rows.class_number(row)}
+def _classified(how: _How) -> Iterator[tuple[Row, Example]]:
+    for chunk in how.chunks():
+        for row, example in zip(chunk, _encode(how, chunk), strict=True):
+            yield row, example | {"labels": how.rows.class_number(row)}
 
 
-def _encode(chunk: list[Row], tokenizer: Any, bos: int | None, limit: int | None = None) -> Iterator[Example]:
+def _encode(how: _How, chunk: list[Row], limit: int | None = None) -> Iterator[Example]:
     """Examples without labels, cut to `limit` tokens before bos is added."""
     pairs = None if chunk[0].text_pair is None else [row.text_pair for row in chunk]
     texts = [row.text for row in chunk]
-    out = tokenizer(texts, pairs, truncation=limit is not None, max_length=limit, verbose=False)
+    out = how.tokenizer(texts, pairs, truncation=limit is not None, max_length=limit, verbose=False)
     for index, encoded in enumerate(out["input_ids"]):
-        ids = _with_bos(list(encoded), bos)
+        ids = _with_bos(list(encoded), how.bos)
         example = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         if "token_type_ids" in out:
             example["token_type_ids"] = [0] * (len(ids) - len(encoded)) + list(out["token_type_ids"][index])
         yield example
 
 
-def _answered(
-    rows: Rows, tokenizer: Any, answer_only: bool, bos: int | None, eos: int | None
-) -> Iterator[tuple[Row, Example]]:
-    joined = rows.form != "text" and not has_template(tokenizer, rows.form)
-    eos = tokenizer.eos_token_id if eos is None else eos
-    special = joined or rows.form == "text"  # a chat template writes its own special tokens
-    for chunk in _chunks(rows):
-        rendered = render(rows, chunk, tokenizer, eos=_written(tokenizer, eos), answer_only=answer_only)
-        offsets = tokenizer.is_fast and any(each.answers[0][0] > 0 for each in rendered)
-        out = _call(tokenizer, [each.text for each in rendered], special=special, offsets=offsets)
+def _answered(how: _How) -> Iterator[tuple[Row, Example]]:
+    ending = how.eos if how.rows.form in _PARTS and not how.templated else None
+    for chunk in how.chunks():
+        eos = _written(how.tokenizer, how.eos)
+        rendered = render(how.rows, chunk, how.tokenizer, eos=eos, answer_only=how.answer_only)
+        offsets = how.tokenizer.is_fast and any(text.answers[0][0] > 0 for text in rendered)
+        # A chat template writes the special tokens itself.
+        out = _call(how.tokenizer, [text.text for text in rendered], special=not how.templated, offsets=offsets)
         for index, (row, text) in enumerate(zip(chunk, rendered, strict=True)):
             ids = list(out["input_ids"][index])
-            locate = _by_offsets(out["offset_mapping"][index]) if offsets else _by_prefix(tokenizer, text.text, ids)
+            locate = _by_offsets(out["offset_mapping"][index]) if offsets else _by_prefix(how.tokenizer, text.text, ids)
             labels = _labels(ids, text, locate)
-            if joined and eos is not None and text.answers[-1][1] == len(text.text) and ids[-1:] != [eos]:
-                ids, labels = [*ids, eos], [*labels, eos]
-            if special and len(with_bos := _with_bos(ids, bos)) > len(ids):
+            if ending is not None and text.answers[-1][1] == len(text.text) and ids[-1:] != [ending]:
+                ids, labels = [*ids, ending], [*labels, ending]
+            if not how.templated and len(with_bos := _with_bos(ids, how.bos)) > len(ids):
                 ids, labels = with_bos, [IGNORED, *labels]
             yield row, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
@@ -316,11 +294,12 @@ def _labels(ids: list[int], text: Rendered, locate: Callable[[int], int]) -> lis
 def _by_offsets(offsets: Sequence[tuple[int, int]]) -> Callable[[int], int]:
     """Character -> the first token that reaches beyond it: a token across the border belongs to what follows.
 
-    Only ends are looked at. Some tokenizers trim a token of white space to an empty range at its end; special tokens
-    that the tokenizer adds have the range (0, 0), also at the end of the text, hence the running maximum.
+    Only the ends of ranges are looked at: some tokenizers trim a token of white space to an empty range at its end.
     """
-    ends = list(accumulate((end for _, end in offsets), max))
-    return lambda character: bisect_right(ends, character)
+    count = len(offsets)
+    while count and offsets[count - 1][1] == 0:  # special tokens added at the end have the range (0, 0)
+        count -= 1
+    return lambda character: bisect_right(offsets, character, hi=count, key=lambda each: each[1])
 
 
 def _by_prefix(tokenizer: Any, text: str, ids: list[int]) -> Callable[[int], int]:
@@ -345,12 +324,39 @@ def _targets(example: Example) -> int:
     return len(labels[1:]) - labels[1:].count(IGNORED)
 
 
-def _cut(row: Row, example: Example, tokenizer: Any, max_length: int, bos: int | None) -> Example:
+@dataclass(slots=True, repr=False)
+class _Left:
+    """Rows that did not become examples as they are."""
+
+    truncated: int = 0
+    barren: int = 0
+    long: list[tuple[Row, int]] = field(default_factory=list)
+
+
+def _fitting(how: _How, row: Row, example: Example, left: _Left) -> Iterable[Example]:
+    ids = example["input_ids"]
+    if not _targets(example):
+        if not how.rows.paragraphs:
+            raise _barren(how.rows, row)
+        left.barren += 1  # a running text may hold a line of one token
+        return ()
+    if len(ids) <= how.max_length:
+        return (example,)
+    if how.rows.paragraphs:
+        return _blocks(ids, how.max_length, how.tokenizer.bos_token_id if how.bos is None else how.bos)
+    if how.truncation == "right" and _targets(cut := _cut(how, row, example)):
+        left.truncated += 1
+        return (cut,)
+    left.long.append((row, len(ids)))
+    return ()
+
+
+def _cut(how: _How, row: Row, example: Example) -> Example:
     if not isinstance(example["labels"], int):
-        return {name: values[:max_length] for name, values in example.items()}
+        return {name: values[: how.max_length] for name, values in example.items()}
     # Cut by the tokenizer, which keeps the special tokens at the end; one place less where bos comes on top.
-    tries = [next(_encode([row], tokenizer, bos, limit)) for limit in (max_length, max_length - 1)]
-    return next(each for each in tries if len(each["input_ids"]) <= max_length) | {"labels": example["labels"]}
+    tries = [next(_encode(how, [row], limit)) for limit in (how.max_length, how.max_length - 1)]
+    return next(each for each in tries if len(each["input_ids"]) <= how.max_length) | {"labels": example["labels"]}
 
 
 def _blocks(ids: list[int], max_length: int, bos: int | None) -> Iterator[Example]:
@@ -360,13 +366,18 @@ def _blocks(ids: list[int], max_length: int, bos: int | None) -> Iterator[Exampl
         yield {"input_ids": block, "attention_mask": [1] * len(block), "labels": list(block)}
 
 
-def _too_long(rows: Rows, long: list[tuple[Row, int]], max_length: int, truncation: Truncation) -> DataError:
+def _barren(rows: Rows, row: Row) -> DataError:
+    problem = f"{rows.place(row)}: the tokenizer leaves nothing to learn from in this row"
+    return DataError(problem, expected="an answer of at least one token, or a text of at least two")
+
+
+def _too_long(how: _How, long: list[tuple[Row, int]]) -> DataError:
     row, length = long[0]
-    problem = f"{rows.place(row)}: the row is {length} tokens long, and max_length is {max_length}"
+    problem = f"{how.rows.place(row)}: the row is {length} tokens long, and max_length is {how.max_length}"
     if len(long) > 1:
-        problem += f" ({len(long)} of {len(rows)} rows are longer; the longest has {max(n for _, n in long)})"
-    if truncation == "error":
+        problem += f" ({len(long)} of {len(how.rows)} rows are longer; the longest has {max(n for _, n in long)})"
+    if how.truncation == "error":
         hint = "raise max_length, or choose truncation 'right' (cut the end off) or 'drop' (leave long rows out)"
     else:
-        hint = f"raise max_length: with truncation {truncation!r} no row is left"
-    return DataError(problem, expected=f"rows of {max_length} tokens or fewer", hint=hint)
+        hint = f"raise max_length: with truncation {how.truncation!r} no row is left"
+    return DataError(problem, expected=f"rows of {how.max_length} tokens or fewer", hint=hint)

@@ -7,6 +7,8 @@ file without a header the first row stands in its place.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,6 +152,25 @@ def load_rows(
     return _number_labels(_labels_as_numbers(found, label2id or {}) if records.table else found, label2id or {})
 
 
+def fingerprint(rows: Iterable[Row]) -> str:
+    """Hash of what the rows hold: 64 hex digits, the same in any order and file format, other when a row is repeated.
+
+    It is not salted: whoever can guess the rows can confirm the guess, so it stays on the data holder's machine.
+    """
+    whole = hashlib.blake2b(digest_size=32, person=b"splitfl rows")
+    for digest in sorted(_digest(row) for row in rows):
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+def _digest(row: Row) -> bytes:
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in row.messages]
+    label = None if row.label is None else str(row.label)
+    content = (row.text, row.text_pair, row.prompt, row.completion, turns, row.answers_from, label)
+    packed = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(packed.encode("ascii"), digest_size=32, person=b"splitfl row").digest()
+
+
 def _forms(task: Task, columns: Mapping[str, str]) -> tuple[Form, ...]:
     forms = tuple(form for form in FORMS if form.task == task)
     if not forms:
@@ -188,7 +209,8 @@ class _Record:
         form = next((form for form in forms if all(self.get(name) is not None for name in form.need)), None)
         if form is None or (first is not None and form is not first):
             before = " (the form of the rows before it)" if first else ""
-            raise self.bad(f"has {self._found()}", (first.says if first else _one_of(forms)) + before)
+            hint = None if first else "map the file's columns to these fields, for example prompt=question"
+            raise self.bad(f"has {self._found()}", (first.says if first else _one_of(forms)) + before, hint)
         return form
 
     def _found(self) -> str:
@@ -200,10 +222,10 @@ class _Record:
             parts.append("1 key that is not named here" if hidden == 1 else f"{hidden} keys that are not named here")
         return ", ".join(parts) or "no keys"
 
-    def bad(self, problem: str, expected: str) -> DataError:
+    def bad(self, problem: str, expected: str, hint: str | None = None) -> DataError:
         """The error for this place; it repeats the column map, which is the usual culprit."""
         renamed = ", ".join(f"{ours} from {theirs!r}" for ours, theirs in self.columns.items())
-        hint = f"the column map takes {renamed}" if renamed else "mend the row or take it out of the file"
+        hint = f"the column map takes {renamed}" if renamed else hint or "mend the row or take it out of the file"
         return DataError(f"{self.place}: the row {problem}", expected=expected, hint=hint)
 
     def text(self, name: str, value: Any, expected: str = "text that is not blank") -> str:

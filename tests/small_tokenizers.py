@@ -29,7 +29,9 @@ THINKING = (
 )
 
 
-def bpe(chat_template: str | None = None, *, adds_bos: bool = False, vocab_size: int = 400) -> PreTrainedTokenizerFast:
+def bpe(
+    chat_template: str | None = None, *, adds_bos: bool = False, adds_eos: bool = False, vocab_size: int = 400
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE with bos, eos and pad; every text can be written with it and read back."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -41,9 +43,12 @@ def bpe(chat_template: str | None = None, *, adds_bos: bool = False, vocab_size:
         show_progress=False,
     )
     core.train_from_iterator((DATA / "harbour.txt").read_text(encoding="utf-8").splitlines(), trainer)
-    if adds_bos:
+    begin, end = "<s> " * adds_bos, " </s>" * adds_eos
+    if begin or end:
         core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+            single=f"{begin}$A{end}",
+            pair=f"{begin}$A{end} $B:1{end and end + ':1'}",
+            special_tokens=[("<s>", 1), ("</s>", 2)],
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False

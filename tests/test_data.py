@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,8 +27,10 @@ from splitfl.data import IGNORED, Collator, Examples, encode_prompt, load_rows, 
 from splitfl.errors import DataError, UsageError
 from tests.small_tokenizers import CHATML, DATA, TERSE, bpe
 
+UNHURRIED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 SECRET = "Zacharias4711"
-PLAIN, WITH_BOS, CHAT, TRIMS = bpe(), bpe(adds_bos=True), bpe(CHATML), bpe(TERSE)
+PLAIN, WITH_BOS, WITH_BOTH = bpe(), bpe(adds_bos=True), bpe(adds_bos=True, adds_eos=True)
+CHAT, TRIMS = bpe(CHATML), bpe(TERSE)
 BYTES = ByT5Tokenizer()
 SHARED = Path(os.environ.get("SPLITFL_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -53,7 +54,8 @@ def learnt(example: dict[str, Any]) -> list[int]:
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=24).filter(str.strip)
 
 
-@given(prompt=WORDS, completion=WORDS, tokenizer=st.sampled_from([PLAIN, WITH_BOS, CHAT, TRIMS]))
+@UNHURRIED
+@given(prompt=WORDS, completion=WORDS, tokenizer=st.sampled_from([PLAIN, WITH_BOS, WITH_BOTH, CHAT, TRIMS]))
 def test_what_is_learnt_reads_as_the_answer(
     tmp_path_factory: pytest.TempPathFactory, prompt: str, completion: str, tokenizer: Any
 ) -> None:
@@ -70,11 +72,12 @@ def test_what_is_learnt_reads_as_the_answer(
     # A token across the border belongs to the answer, so the end of the prompt may come with it.
     assert answer.endswith(f"{completion}</s>")
     assert prompt.endswith(answer.removesuffix(f"{completion}</s>"))
-    before = tokenizer(prompt)["input_ids"]
+    before = encode_prompt(tokenizer, prompt)
     if ids[: len(before)] == before:
         assert labels == [IGNORED] * len(before) + ids[len(before) :]
 
 
+@UNHURRIED
 @given(prompt=WORDS, completion=WORDS)
 def test_a_tokenizer_without_offsets(tmp_path_factory: pytest.TempPathFactory, prompt: str, completion: str) -> None:
     tokenizer = BYTES
@@ -85,8 +88,17 @@ def test_a_tokenizer_without_offsets(tmp_path_factory: pytest.TempPathFactory, p
     assert encode_prompt(tokenizer, prompt) == example["input_ids"][: len(prompt.encode())]
 
 
+def test_a_token_across_the_border_belongs_to_the_answer(tmp_path: Path) -> None:
+    tokenizer = bpe(adds_eos=True)
+    path = lines(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "nd"}, {"prompt": "old a", "completion": "nd"})
+    one, two = examples(path, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(one["input_ids"]) == ["and", "</s>"]
+    assert one["labels"] == one["input_ids"]
+    assert tokenizer.decode(learnt(two)) == " and</s>"
+
+
 @pytest.mark.parametrize("name", ["messages", "prompt_completion", "alpaca", "dolly"])
-@pytest.mark.parametrize("tokenizer", [PLAIN, WITH_BOS, CHAT], ids=["plain", "bos", "chat"])
+@pytest.mark.parametrize("tokenizer", [PLAIN, WITH_BOS, WITH_BOTH, CHAT], ids=["plain", "bos", "both", "chat"])
 def test_the_prompt_at_generation_is_the_prompt_in_training(name: str, tokenizer: Any) -> None:
     rows = load_rows(DATA / f"{name}.jsonl", task="causal-lm")
     for row, example in zip(rows, tokenise(rows, tokenizer, max_length=512), strict=True):
@@ -170,7 +182,7 @@ def test_truncated_or_dropped(long_rows: Path) -> None:
 
 def test_a_row_without_a_token_to_learn_from(tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", {"text": "a b"}, {"text": "a"})
-    with pytest.raises(DataError, match=f"{path}:2: the row gives 1 tokens and none to learn from"):
+    with pytest.raises(DataError, match=f"{path}:2: the tokenizer leaves nothing"):
         examples(path, PLAIN)
     assert len(examples(path, WITH_BOS)) == 2
 
@@ -194,7 +206,7 @@ def test_a_line_of_one_token_in_a_running_text_is_left_out(tmp_path: Path) -> No
     path.write_text("the old mill\n\n*\n\nthe new mill\n", encoding="utf-8")
     assert (len(examples(path, PLAIN)), examples(path, PLAIN).counts.dropped) == (2, 1)
     path.write_text("*\n\n*\n", encoding="utf-8")
-    with pytest.raises(DataError, match="none to learn from"):
+    with pytest.raises(DataError, match=r"rows\.txt:1: the tokenizer leaves nothing"):
         examples(path, PLAIN)
 
 
@@ -290,10 +302,7 @@ def test_classification_batch_through_a_real_model() -> None:
 
 
 def test_pairs_keep_their_types_and_their_closing_token() -> None:
-    tokenizer = bpe()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    tokenizer = bpe(adds_bos=True, adds_eos=True)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     rows = load_rows(DATA / "labelled_pairs.jsonl", task="sequence-classification")
     whole = tokenise(rows, tokenizer, max_length=64)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitfl.data import Rows, fingerprint, load_rows
 from splitfl.errors import DataError, UsageError
 
 DATA = Path(__file__).parent / "data"
+UNHURRIED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 SECRET = "Zacharias4711"  # stands for content: must not show in any error
 CAUSAL, CLASSES = "causal-lm", "sequence-classification"
 
@@ -349,6 +350,7 @@ JUNK = st.recursive(
 )
 
 
+@UNHURRIED
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "text", "label", "output"]), JUNK))
 def test_no_junk_is_quoted_or_crashes(tmp_path_factory: pytest.TempPathFactory, row: dict[str, Any]) -> None:
     path = lines(tmp_path_factory.getbasetemp() / "junk.jsonl", {**row, "other": SECRET})

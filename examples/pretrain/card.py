@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 DATA = {
-    "gutenberg_books": ("70 books by 27 authors, printed before 1928", "public domain (Project Gutenberg texts)"),
+    "gutenberg_books": ("75 books by 27 authors, printed before 1928", "public domain (Project Gutenberg texts)"),
     "tinystories_4mb": ("4,407 short stories in simple English, written by a language model", "CDLA-Sharing-1.0"),
     "tinyshakespeare": ("scenes from Shakespeare's plays", "public domain"),
     "gsm8k": ("7,117 school maths questions with worked answers, in the chat template", "MIT"),
@@ -57,12 +57,14 @@ for tuning.
 | --- | --- | --- | --- |
 {data}
 
-Citations are in `NOTICE.md` beside this folder. Curly quotes were made straight and the calculator marks of gsm8k removed.
+Citations are in `NOTICE.md` beside this folder. Curly quotes were made straight, and the calculator marks of gsm8k
+removed.
 
 ## Training
 
-{epochs} epochs, {steps:,} steps of {batch_tokens:,} tokens, on one {device}. AdamW (learning rate {learning_rate:g}, cosine; weight
-decay {weight_decay:g}), dropout {dropout:g} on what each layer adds. The settings were chosen by held-out loss among:
+{epochs} epochs, {steps:,} steps of {batch_tokens:,} tokens, on one {device}. AdamW (learning rate {learning_rate:g},
+cosine; weight decay {weight_decay:g}), dropout {dropout:g} on what each layer adds. Of these settings, the first has
+the best held-out loss (the mean over the four larger sources, nats per token):
 
 {trials}
 
@@ -72,8 +74,9 @@ Rounding the float32 weights to 16 bits, mean validation loss in nats per token:
 
 ## Held-out perplexity
 
-Measured on this folder's weights, windows of {context} tokens, per token of this tokenizer; bits per byte compare across
-tokenizers. The test authors and speakers of the books are in no other split.
+Measured on this folder's weights, windows of {context} tokens, per token of this tokenizer; bits per byte can be
+compared across tokenizers. The authors of the held-out books are in no other split; Shakespeare is split by place in
+the text, the other sources by row.
 
 | source | split | tokens | perplexity | bits per byte |
 | --- | --- | ---: | ---: | ---: |
@@ -87,9 +90,10 @@ Temperature 0.7, the 40 likeliest tokens, one fixed seed, first try. Prompts in 
 
 ## What it cannot do
 
-- It knows nothing. Names, facts and numbers are invented; it has seen about seven million words of stories and old books.
-- It cannot do sums: it writes what a worked answer looks like. Most questions get an answer in the style of school maths,
-  because most questions it saw were school maths.
+- It knows nothing. Names, facts and numbers are invented; it has read fewer than five million words, most of them in
+  stories and old books.
+- It cannot do sums: it writes what a worked answer looks like. Most questions get an answer in the style of school
+  maths, because most questions it saw were school maths.
 - It loses the thread after a few sentences, repeats itself, and reads no more than {context} tokens.
 - English only. The old books carry the prejudices and some slurs of their time, and the model may repeat them.
 - It has had no safety training. Do not put it in front of people as a product.

@@ -145,7 +145,7 @@ def publish(data: Path, runs: Path, out: Path, most: int) -> None:
     settings, folder = results[best]["settings"], runs / best / "best"
     sources = read_sources(settings["sources"], settings["training"]["weights"])
     tokenizer = load_tokenizer(folder)
-    # The windows that pretrain.py selects by, so that the figures can be compared; the tiny source is left out there too.
+    # The windows that pretrain.py selects by; the tiny source is left out there too.
     main_sources = [source for source in sources if source.name != "self_instruct_seed"]
     validation = [encode(load_split(data, source, "validation"), tokenizer, seed=0) for source in main_sources]
     losses = compare_dtypes(folder, validation, settings["training"]["evaluation_windows"])

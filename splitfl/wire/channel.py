@@ -41,7 +41,6 @@ from splitfl.wire.keys import AllowList, KeyPair
 QUEUE = 16
 INSECURE_SENDER = "insecure-loopback"
 """The one sender of an unencrypted channel, where nobody has a key."""
-
 _ZAP_DOMAIN = "splitfl"
 _CURVE_OVERHEAD = 64  # bytes that encryption adds to a frame: 33, rounded up
 _LINGER_MS = 1000
@@ -49,7 +48,7 @@ _HANDSHAKE_MS = 10_000
 _HEARTBEAT_MS = 5_000
 _SLOWEST_BYTES_PER_MS = 1000  # 8 Mbit/s
 _RECONNECT_MS, _RECONNECT_MAX_MS = 100, 5_000
-_REVIVE_S, _LOOK_S = 1.0, 1.0
+_REVIVE_S = _LOOK_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ class PartySocket:
         self.close()
 
     def open(self, timeout_s: float) -> None:
-        """Connect, and wait until both sides have proven their keys. May be called again after an error.
+        """Connect, and wait until both sides have proven their keys. May be called again.
 
         Raises:
             UnreachableError: no owner answered within `timeout_s`, or something else answers at that address.
@@ -237,8 +236,9 @@ class PartySocket:
             event = recv_monitor_message(monitor)
             self._note(zmq.Event(event["event"]), int(event["value"]))
         if self._lost_at is not None and monotonic() - self._lost_at > _REVIVE_S:
-            # libzmq gives up, and says nothing, after an error in the peer's bytes.
+            # libzmq gives up, and says nothing, after an error in the peer's bytes; a second connect alone is ignored.
             self._lost_at = None
+            link.disconnect(self.address.endpoint)
             link.connect(self.address.endpoint)
 
     def _note(self, event: zmq.Event, value: int) -> None:

@@ -13,8 +13,9 @@ from splitfl.wire.keys import KeyPair, fingerprint
 
 _ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+|\*):(?P<port>\d{1,5})")
 
-# A ZMTP 3.0 greeting: signature, version, mechanism (20 bytes), client role, filler. 64 bytes in all.
-_GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
+# A ZMTP 3 greeting is 64 bytes: signature (10), version (2), mechanism (20), and filler. After signature and version a
+# peer names its mechanism; it is not told ours, for at another one it would hang up before we have read what it said.
+_SIGNATURE, _VERSION, _GREETING_BYTES = b"\xff" + bytes(8) + b"\x7f", b"\x03\x00", 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +108,12 @@ class Sight:
 
 
 def look(address: Address, timeout_s: float) -> Sight:
-    """Connect, say what a ZeroMQ peer says first, and report what comes back. Nothing secret is sent."""
+    """Connect, begin as a ZeroMQ peer does (nothing secret), and report what comes back within `timeout_s`."""
     deadline = monotonic() + timeout_s
     host = "127.0.0.1" if address.host == "localhost" else address.host
     try:
         with socket.create_connection((host, address.port), timeout=timeout_s) as link:
-            link.sendall(_GREETING)
+            link.sendall(_SIGNATURE + _VERSION)
             return _read_greeting(link, deadline)
     except OSError as error:
         return Sight(words=_reason(error))
@@ -122,9 +123,9 @@ def _read_greeting(link: socket.socket, deadline: float) -> Sight:
     """Read at most 64 bytes, until `deadline`."""
     came = b""
     try:
-        while len(came) < len(_GREETING) and (left := deadline - monotonic()) > 0:
+        while len(came) < _GREETING_BYTES and (left := deadline - monotonic()) > 0:
             link.settimeout(left)
-            part = link.recv(len(_GREETING) - len(came))
+            part = link.recv(_GREETING_BYTES - len(came))
             if not part:
                 break
             came += part
@@ -133,7 +134,7 @@ def _read_greeting(link: socket.socket, deadline: float) -> Sight:
             return Sight(words=f"the connection was made, then: {_reason(error)}")
     if not came:
         return Sight(words="the connection was made and closed again without a word")
-    if len(came) < 32 or came[0] != 0xFF or came[9] != 0x7F:
+    if len(came) < _GREETING_BYTES or came[:1] != _SIGNATURE[:1] or came[9:10] != _SIGNATURE[9:]:
         return Sight(words="something answers that is not a splitfl owner", answered=True)
     mechanism = printable(came[12:32].rstrip(b"\0").decode("ascii", "replace"), limit=20)
     return Sight(words=f"a ZeroMQ peer with {mechanism} security answers", mechanism=mechanism, answered=True)

@@ -6,10 +6,10 @@
 - A refused backward leaves its step kept, unless the refusal says ``unknown_step``. Then the party sends the forward
   again with ``keep=True``, which makes the step kept once more; this is how it recovers from an owner that restarted.
 - An answer belongs to a request that is still open. The same answer again (a request was sent twice, and both were
-  answered) is a retry, to be dropped.
+  answered) is a retry, to be dropped; so is an answer after a refusal (sent twice, one refused, one answered).
 - All tensors of one step have one shape [B, T, D], whatever their direction.
 
-Memory is bounded by `MAX_OPEN` open requests, as many kept steps, and `MAX_ANSWERED` answered requests.
+Memory is bounded by `MAX_OPEN` open requests, as many kept steps, and `MAX_ANSWERED` answered or refused requests.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Steps:
     opened: dict[Request, Shape] = field(default_factory=dict)
     kept: dict[int, Shape] = field(default_factory=dict)
     answered: OrderedDict[Request, Shape] = field(default_factory=OrderedDict)
+    refused: OrderedDict[Request, Shape] = field(default_factory=OrderedDict)
 
     def judge(self, message: AnyMessage) -> Turn:
         """Whether the steps allow `message`; changes nothing.
@@ -122,7 +123,7 @@ class Steps:
 
     def _judge_answer(self, message: ForwardDone | BackwardDone) -> Turn:
         request = (_ANSWERS[kind(message)], message.step)
-        shape = self._known(request)
+        shape = self._known(request) or self.refused.get(request)
         if shape is None:
             raise NotAllowed(
                 f"A {kind(message)!r} message answers step {message.step}, for which nothing was asked.",
@@ -137,28 +138,31 @@ class Steps:
             raise _too_many("requests await their answer")
 
     def _answer(self, request: Request) -> None:
-        shape = self.opened.pop(request, None)
-        if shape is None:
-            return
-        self.answered[request] = shape
-        self.answered.move_to_end(request)
-        while len(self.answered) > MAX_ANSWERED:
-            self.answered.popitem(last=False)
+        if (shape := self.opened.pop(request, None)) is not None:
+            _remember(self.answered, request, shape)
 
     def _refuse(self, step: int, *, lost: bool) -> None:
         """Close the earlier of the step's open requests, for the owner works through them in order."""
         forward, backward = ("forward", step), ("backward", step)
-        if forward in self.opened:
-            del self.opened[forward]
+        request = forward if forward in self.opened else backward
+        shape = self.opened.pop(request, None)
+        if shape is not None:
+            _remember(self.refused, request, shape)
+        if request == forward:
             if forward not in self.answered:
                 self.kept.pop(step, None)
-            return
-        shape = self.opened.pop(backward, None)
-        if lost:
+        elif lost:
             self.answered.pop(backward, None)
             self.kept.pop(step, None)
         elif shape is not None and backward not in self.answered:
             self.kept[step] = shape
+
+
+def _remember(book: OrderedDict[Request, Shape], request: Request, shape: Shape) -> None:
+    book[request] = shape
+    book.move_to_end(request)
+    while len(book) > MAX_ANSWERED:
+        book.popitem(last=False)
 
 
 def _shape(message: AnyMessage) -> Shape:

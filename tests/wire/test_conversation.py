@@ -188,6 +188,7 @@ class Conversation(RuleBasedStateMachine):
             assert len(steps.opened) <= MAX_OPEN
             assert len(steps.kept) <= 2 * MAX_OPEN
             assert len(steps.answered) <= MAX_ANSWERED
+            assert len(steps.refused) <= MAX_ANSWERED
 
     @invariant()
     def the_owner_keeps_only_what_the_party_asked_to_keep(self):

@@ -280,6 +280,13 @@ def test_a_refused_backward_can_be_sent_again(opened):
     assert say(opened, backward(0), backward_done(0)) == [Turn.NEW, Turn.NEW]
 
 
+def test_a_request_sent_twice_may_be_refused_and_then_answered(opened):
+    say(opened, forward(0), forward(0), refused(0, "busy"))
+    assert opened.open_requests() == ()
+    assert say(opened, forward_done(0)) == [Turn.RETRY]  # to be dropped: the party was told no
+    assert say(opened, forward(0), forward_done(0)) == [Turn.RETRY, Turn.NEW]
+
+
 def test_a_step_that_the_owner_lost_is_recovered_by_its_forward(opened):
     say(opened, forward(0, keep=True), forward_done(0), forward(1), forward_done(1), backward(0))
     say(opened, refused(0, "unknown_step"))

@@ -1,0 +1,136 @@
+"""What `splitfl bench split` measures: one case each, what it should cost in bytes, and what is aimed at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from splitfl.bench.sizes import Size, size_named
+from splitfl.config import BenchSettings
+from splitfl.errors import UsageError
+from splitfl.metrics import Result
+from splitfl.options.values import parse_shape
+from splitfl.wire.messages import BYTES_PER_ELEMENT
+
+WARM_UP = 2  # steps and generations before the clock counts
+CUT_TENSORS_A_STEP = 4  # hidden up and down, gradient up and down
+BATCHES = (1, 4)  # rows that generate together
+PROMPT = 32  # tokens
+
+Work: TypeAlias = Literal["train", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison: these processes, with this many threads, on this shape."""
+
+    work: Work
+    size: Size
+    rows: int
+    length: int
+    """Of a training row; for generation, prompt and new tokens together."""
+    threads: int
+    """A side: the monolith, the party and the owner each have this many."""
+    dtype: str
+    """Of the computation and on the wire."""
+
+    @property
+    def name(self) -> str:
+        """How results and tables call it."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        shape = f"{self.rows}x{self.length}" if self.work == "train" else f"batch {self.rows}"
+        return f"{self.work} {self.size.name} {shape} {self.dtype} {threads}"
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that one generation writes for each row."""
+        return self.length - PROMPT
+
+    @property
+    def cost(self) -> float:
+        """Work of one repetition of both sides, in units that only compare: for the time that is left."""
+        passes = 4 if self.work == "train" else 2
+        overhead = 2e9 * (self.new_tokens if self.work == "generate" else 1)  # what does not shrink with the model
+        return passes * (self.size.parameters * self.rows * self.length + overhead) / min(self.threads, 2)
+
+    def bytes_a_step(self) -> int:
+        """Cut tensors of one training step, at the wire's dtype: ``4 x rows x length x width x bytes an element``."""
+        element = BYTES_PER_ELEMENT[self.dtype]
+        return CUT_TENSORS_A_STEP * self.rows * self.length * self.size.width * element
+
+    def bytes_a_generation(self) -> int:
+        """Hidden states of one generation, up and down; the last new token is never sent."""
+        return 2 * self.rows * (self.length - 1) * self.size.width * BYTES_PER_ELEMENT[self.dtype]
+
+
+def plan_cases(settings: BenchSettings, cores: int) -> list[Case]:
+    """Every case that the settings ask for, small ones first.
+
+    Args:
+        settings: of the command.
+        cores: of this machine; where `--threads` names none, 1 is measured, and 2 if there are as many cores.
+
+    Raises:
+        UsageError: a model or a shape that cannot be measured.
+    """
+    threads = settings.threads or ((1, 2) if cores >= 2 else (1,))
+    cases = []
+    for size in map(size_named, dict.fromkeys(settings.models)):
+        for count in dict.fromkeys(threads):
+            for work, rows, length in _shapes(settings):
+                if length > size.longest:
+                    raise UsageError(
+                        f"A row of {length} tokens is too long for the models of this benchmark.",
+                        expected=f"at most {size.longest}",
+                    )
+                case = Case(work=work, size=size, rows=rows, length=length, threads=count, dtype=settings.dtype)
+                cases.append(case)
+    return cases
+
+
+def _shapes(settings: BenchSettings) -> list[tuple[Work, int, int]]:
+    wanted: list[tuple[Work, int, int]] = []
+    if settings.work != "generate":
+        wanted += [("train", *parse_shape(shape)) for shape in dict.fromkeys(settings.shapes)]
+    if settings.work != "train":
+        wanted += [("generate", rows, PROMPT + settings.new_tokens) for rows in BATCHES]
+    return wanted
+
+
+# ---- what is aimed at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """A bound on the ratio of a figure to its reference."""
+
+    bound: float
+    at_least: bool = False
+    sizes: tuple[str, ...] = ("S", "M", "L")
+
+    def met(self, ratio: float) -> bool:
+        """Whether `ratio` is within the bound."""
+        return ratio >= self.bound if self.at_least else ratio <= self.bound
+
+
+STEP, BYTES, PARTY_MEMORY, RATE = "step time", "bytes a step", "peak memory of the party", "generation rate"
+
+REACHES: dict[str, Reach] = {
+    STEP: Reach(bound=1.05, sizes=("M", "L")),
+    BYTES: Reach(bound=1.01),
+    PARTY_MEMORY: Reach(bound=0.45, sizes=("L",)),
+    RATE: Reach(bound=0.85, at_least=True),
+}
+
+
+def reach_of(metric: str, size: Size) -> float | None:
+    """What is aimed at for a metric at a size, as a ratio to the reference; None where nothing is."""
+    reach = REACHES.get(metric)
+    return reach.bound if reach is not None and size.name in reach.sizes else None
+
+
+def verdict(result: Result) -> str:
+    """``met``, ``missed``, or nothing where nothing is aimed at."""
+    if result.reach is None or result.ratio is None:
+        return ""
+    return "met" if REACHES[result.metric].met(result.ratio) else "missed"

@@ -1,0 +1,133 @@
+"""``splitfl bench``: choose the benchmark, go through its cases, keep what is measured as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+from splitfl import __version__
+from splitfl.bench.agreement import Disagreement
+from splitfl.bench.cases import RATE, STEP, Case, plan_cases
+from splitfl.bench.course import Course
+from splitfl.bench.split import measure, open_sides, prepare, prepare_keys
+from splitfl.bench.table import print_table
+from splitfl.config import BenchSettings
+from splitfl.errors import DataError, InternalError, UsageError, nearest, printable
+from splitfl.metrics import Result, machine, write_results
+
+_SAME_FIGURES = ("name", "steps", "new_tokens", "dtype")  # settings that a figure depends on, beside its case
+
+
+def bench(settings: BenchSettings) -> None:
+    """Run a benchmark and print its table.
+
+    Raises:
+        UsageError: no such benchmark, or settings that do not fit.
+        InternalError: the two sides of a case did not compute the same; its speed was not printed.
+    """
+    benchmarks: dict[str, Callable[[BenchSettings], None]] = {"split": bench_split}
+    if settings.name not in benchmarks:
+        raise UsageError(
+            f"There is no benchmark {printable(settings.name, 40)!r}.", hint=nearest(settings.name, benchmarks)
+        )
+    with stopped_by_sigterm():
+        benchmarks[settings.name](settings)
+
+
+def bench_split(settings: BenchSettings) -> None:
+    """Monolith against split, case by case; see `splitfl.bench.split`."""
+    cases = plan_cases(settings, os.cpu_count() or 1)
+    results = earlier_results(settings) if settings.resume else []
+    measured = {result.case for result in results}
+    left = [case for case in cases if case.name not in measured]
+    differing: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="splitfl-bench-") as temporary, Course(left, settings.steps) as course:
+        work = Path(temporary)
+        folder = settings.cache.resolve() if settings.cache is not None else work
+        prepare_keys(work / "keys")
+        try:
+            for case in left:
+                course.begin(case)
+                found = _measure(case, settings, folder, work, course, differing)
+                results += found
+                course.end(found)
+                if settings.json is not None:
+                    write_results(settings.json, "bench", settings, results)
+        finally:
+            course.close()
+            print_table(results)
+    if differing:
+        raise InternalError(
+            f"Split and monolith did not compute the same in {len(differing)} of {len(cases)} cases; no speed of those "
+            f"is given: {'; '.join(differing)}.",
+            hint="`splitfl kit` with --verify compares the two layer by layer; please report it",
+        )
+
+
+def _measure(
+    case: Case, settings: BenchSettings, folder: Path, work: Path, course: Course, differing: list[str]
+) -> list[Result]:
+    files = prepare(case.size, case.dtype, folder, work)
+    with open_sides(case, files, work / "keys", work) as sides:
+        try:
+            return measure(case, sides, settings.steps, work, course.advance)
+        except Disagreement as found:
+            differing.append(f"{case.name} ({found})")
+            return [
+                Result(
+                    case=case.name, metric=found.metric, value=found.value, unit="no speed: sides differ", reach=None
+                )
+            ]
+
+
+def earlier_results(settings: BenchSettings) -> list[Result]:
+    """The figures in the ``--json`` file of a run that was broken off; none if there is no such file.
+
+    Raises:
+        UsageError: no file was named, or it is of other settings, another machine or another version.
+        DataError: it is no file of figures.
+    """
+    if settings.json is None:
+        raise UsageError("--resume needs the file with the figures so far.", hint="add --json FILE")
+    if not settings.json.exists():
+        return []
+    try:
+        record = json.loads(settings.json.read_text(encoding="utf-8"))
+        results = [Result(**result) for result in record["results"]]
+        before = (record["command"], record["version"], record["machine"], record["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{settings.json} is not a file of figures ({type(error).__name__}).") from error
+    now = json.loads(json.dumps({name: getattr(settings, name) for name in _SAME_FIGURES}))
+    same_settings = {name: before[3].get(name) for name in _SAME_FIGURES} == now
+    if before[:3] != ("bench", __version__, machine()) or not same_settings:
+        raise UsageError(
+            f"The figures in {settings.json} are of other settings, another machine or another version.",
+            hint="leave --resume out to measure everything anew, or name another --json file",
+        )
+    complete = {result.case for result in results if result.metric in (STEP, RATE)}
+    return [result for result in results if result.case in complete]
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Inside the block SIGTERM is like Ctrl-C: children are ended, what was measured is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        with nullcontext():
+            yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

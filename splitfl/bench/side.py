@@ -1,0 +1,117 @@
+"""What the monolith and the party have in common: the loop that is timed. The two differ in how their model is opened.
+
+Kept apart from `splitfl.bench.split`, which measures and never loads a model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import msgspec
+import numpy as np
+import torch
+from peft import PeftModel
+
+from splitfl.bench.orders import Generate, Generated, Held, Line, Order, Peak, Ready, Step, Stepped
+from splitfl.bench.sizes import VOCABULARY
+from splitfl.metrics import peak_rss_bytes
+
+# High enough that a few steps move the loss far beyond rounding: equal losses then say that the gradients were equal.
+LEARNING_RATE = 1e-2
+
+
+class Side:
+    """One model under measurement.
+
+    Args:
+        model: with its adapters; any `PeftModel`, whole or split.
+        moved: bytes sent and received so far.
+    """
+
+    def __init__(self, model: PeftModel, moved: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> None:
+        self.model, self.moved = model, moved
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
+
+    def step(self, order: Step) -> Stepped:
+        """Forward, backward and optimiser, timed together."""
+        ids = token_ids(order.rows, order.length)
+        self.model.train()
+        sent, received = self.moved()
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        seconds = time.perf_counter() - start
+        now_sent, now_received = self.moved()
+        return Stepped(seconds=seconds, loss=loss.item(), sent=now_sent - sent, received=now_received - received)
+
+    def generate(self, order: Generate) -> Generated:
+        """Greedy generation with a KV cache, timed as a whole."""
+        ids = token_ids(order.rows, order.prompt)
+        self.model.eval()
+        sent, received = self.moved()
+        start = time.perf_counter()
+        with torch.no_grad():
+            output: Any = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=order.new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=order.logits is not None,
+            )
+        seconds = time.perf_counter() - start
+        now_sent, now_received = self.moved()
+        if order.logits is not None:
+            np.save(order.logits, torch.stack(output.logits).float().numpy())
+        new = output.sequences[:, order.prompt :].tolist()
+        return Generated(
+            seconds=seconds,
+            tokens=tuple(map(tuple, new)),
+            sent=now_sent - sent,
+            received=now_received - received,
+        )
+
+    def answer(self, order: Order) -> Line:
+        """Do what was asked."""
+        match order:
+            case Step():
+                return self.step(order)
+            case Generate():
+                return self.generate(order)
+            case Peak():
+                return Held(peak_rss=peak_rss_bytes())
+
+
+def token_ids(rows: int, length: int) -> torch.Tensor:
+    """The batch of this shape, [rows, length] int64: random, and the same in every process."""
+    generator = torch.Generator().manual_seed(rows * 100_003 + length)
+    return torch.randint(0, VOCABULARY, (rows, length), generator=generator)
+
+
+def own_output() -> TextIO:
+    """Standard output for answers alone; whatever else is printed goes to standard error from now on."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def answer_orders(side: Side, answers: TextIO) -> None:
+    """Answer until standard input ends, which it also does when the measuring process is gone."""
+    _say(answers, Ready(trainable=sum(p.numel() for p in side.trained)))
+    decoder = msgspec.json.Decoder(Order)
+    for line in sys.stdin:
+        _say(answers, side.answer(decoder.decode(line)))
+
+
+def _say(answers: TextIO, line: Line) -> None:
+    answers.write(msgspec.json.encode(line).decode() + "\n")
+    answers.flush()
