@@ -14,18 +14,15 @@ import torch
 from transformers import Cache
 
 from model_owner.memory import Costs, MemoryBudget
+from model_owner.refusals import Refusal
 from model_owner.sessions import HeldCache, HeldSession
 from model_owner.trunk import CacheMismatchError, Kept, Trunk
 from splitfl.link import TrunkRequest
 from splitfl.wire.codecs import TORCH_DTYPES, Frame
-from splitfl.wire.frames import Violation, encode
+from splitfl.wire.frames import encode
 from splitfl.wire.messages import Backward, BackwardDone, Forward, ForwardDone, TensorName
 
 _MAX_CACHES = 256  # a session; each costs some memory even if it holds next to nothing
-
-
-class Refusal(Violation):
-    """The owner cannot do what was asked, though it was well formed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,7 @@ class Answerer:
             Refusal: there is no such cache, it does not fit, or there is no room.
         """
         assert message.cache is not None  # noqa: S101
-        rows, new, _ = message.tensors[0].shape
+        rows, new, _ = next(spec.shape for spec in message.tensors if spec.name == "hidden")
         if not self.costs.cache:
             raise Refusal("This model is served without caches.", code="unknown_cache", hint="send whole sequences")
         if message.keep:
@@ -75,6 +72,7 @@ class Answerer:
         needed = rows * max(message.past + new, entry.length) * self.costs.cache
         if needed > entry.reserved:
             if not held.budget.take(needed - entry.reserved):
+                held.drop_cache(message.cache)
                 raise _no_room("the cache")
             entry.reserved = needed
         entry.rows, entry.length = rows, message.past + new

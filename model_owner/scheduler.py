@@ -8,14 +8,19 @@ Several one-thread workers serve several parties better than one worker with sev
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+
+from splitfl.errors import InternalError
 
 T = TypeVar("T")
 
@@ -61,11 +66,16 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
         with self._ready:
+            if self._stopping:
+                raise InternalError("Work was given to a scheduler that has stopped.")
             start = max(self._now, self._served.get(session, 0.0))
             self._served[session] = start + tokens
             heapq.heappush(self._queue, _Job(start, next(self._numbers), work, done, loop))
             self._ready.notify()
-        return await done
+        try:
+            return await done
+        finally:
+            del done  # as in `_finish`
 
     def forget(self, session: Hashable) -> None:
         """Drop a closed session's account."""
@@ -73,13 +83,16 @@ class Scheduler:
             self._served.pop(session, None)
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """Let the workers finish what they hold and end; what still waits is left undone."""
+        """Let the workers finish what they hold and end, for at most `timeout_s`; what still waits is cancelled."""
+        deadline = time.monotonic() + timeout_s
         with self._ready:
             self._stopping = True
-            self._queue.clear()
+            undone, self._queue = self._queue, []
             self._ready.notify_all()
+        for job in undone:
+            _tell(job.loop, job.done.cancel)
         for worker in self._workers:
-            worker.join(timeout_s)
+            worker.join(max(deadline - time.monotonic(), 0.0))
 
     def _work(self) -> None:
         if self._threads_each:
@@ -93,6 +106,7 @@ class Scheduler:
                 job = heapq.heappop(self._queue)
                 self._now = max(self._now, job.virtual_start)
             self._finish(job)
+            del job  # or its tensors would stay until the next one comes
 
     def _finish(self, job: _Job) -> None:
         result: Any = None
@@ -101,10 +115,16 @@ class Scheduler:
             result = job.work()
         except BaseException as error:  # the waiting coroutine must hear of anything that goes wrong
             problem = error
-        try:
-            job.loop.call_soon_threadsafe(_settle, job.done, result, problem)
-        except RuntimeError:  # the loop has closed: nobody waits any more
-            return
+        loop, news = job.loop, functools.partial(_settle, job.done, result, problem)
+        # A problem remembers this frame: if the frame knew the problem, its tensors would stay until a collection.
+        del job, result, problem
+        _tell(loop, news)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, news: Callable[[], object]) -> None:
+    """Call `news` in `loop`."""
+    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        loop.call_soon_threadsafe(news)
 
 
 def _settle(done: asyncio.Future[Any], result: Any, problem: BaseException | None) -> None:
@@ -112,5 +132,7 @@ def _settle(done: asyncio.Future[Any], result: Any, problem: BaseException | Non
         return
     if problem is None:
         done.set_result(result)
+    elif isinstance(problem, StopIteration):  # a future does not take this one
+        done.set_exception(RuntimeError("the work raised StopIteration"))
     else:
         done.set_exception(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from model_owner.answer import Answerer, Costs
-from model_owner.memory import MemoryBudget, cache_bytes_per_token, graph_bytes_per_token
+from model_owner.admission import Admission, Everyone, ServerLimits
+from model_owner.answer import Answerer
+from model_owner.memory import MemoryBudget, measure
 from model_owner.scheduler import Scheduler
-from model_owner.server import Admission, Everyone, Server, ServerLimits
+from model_owner.server import Server
 from model_owner.trunk import Trunk
 from splitfl.config import ServeSettings
 from splitfl.cut import Plan
@@ -30,6 +32,7 @@ from splitfl.wire.keys import AllowList, KeyPair, fingerprint, load_keys
 log = logging.getLogger("splitfl.owner")
 
 _LONGEST_WITHOUT_LIMIT = 32_768  # positions, for models without a position table
+_SESSIONS_PER_PARTY = 4
 
 
 def serve(settings: ServeSettings) -> None:
@@ -46,23 +49,24 @@ def serve(settings: ServeSettings) -> None:
     keys, admission = _security(settings)
     trunk = _load(settings, plan)
     budget = MemoryBudget(parse_size(settings.memory_budget))
-    answerer = Answerer(
-        trunk,
-        budget,
-        Costs(graph=graph_bytes_per_token(trunk), cache=cache_bytes_per_token(trunk) if _caches(plan) else 0),
-    )
+    answerer = Answerer(trunk, budget, measure(trunk, caches=plan.task == "causal-lm"))
     limits = ServerLimits(
         max_tokens=settings.max_tokens,
         max_length=min(plan.max_length or _LONGEST_WITHOUT_LIMIT, settings.max_tokens),
         max_sessions=settings.max_sessions,
         lease_s=settings.lease,
         recompute=settings.memory == "recompute",
+        max_sessions_per_party=_sessions_per_party(settings),
+        max_waiting_bytes=budget.limit,
     )
     asyncio.run(_serve(settings, plan, answerer, limits, keys, admission))
 
 
-def _caches(plan: Plan) -> bool:
-    return plan.task == "causal-lm"
+def _sessions_per_party(settings: ServeSettings) -> int:
+    """Never all of them; but where nobody has a key, all parties are one."""
+    if settings.insecure_loopback:
+        return settings.max_sessions
+    return max(1, min(_SESSIONS_PER_PARTY, settings.max_sessions - 1))
 
 
 def _security(settings: ServeSettings) -> tuple[KeyPair | None, Admission]:
@@ -107,13 +111,14 @@ async def _serve(
     scheduler = Scheduler(settings.workers, settings.threads)
     server = Server(socket, plan, answerer, scheduler, admission, limits)
     try:
-        _announce(settings, plan, trunk, socket.address, keys, admission, answerer)
         running = asyncio.ensure_future(server.run())
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, running.cancel)
         loop.add_signal_handler(signal.SIGHUP, server.reload_admission)
-        await running
+        _announce(settings, plan, trunk, socket.address, keys, admission, answerer)
+        with contextlib.suppress(asyncio.CancelledError):  # told to stop once more on the way out
+            await running
     finally:
         await asyncio.to_thread(scheduler.stop)
         await socket.close()

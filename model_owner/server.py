@@ -13,56 +13,41 @@ import functools
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import cast
+
+import torch
 
 import splitfl
-from model_owner.answer import Answerer, Outcome, Refusal
+from model_owner import refusals
+from model_owner.admission import Admission, ServerLimits, check_offer, make_room, new_session
+from model_owner.answer import Answerer, Outcome
+from model_owner.refusals import Refusal
 from model_owner.scheduler import Scheduler
 from model_owner.sessions import HeldSession, SessionTable
-from protocols import PROTOCOLS
 from splitfl.cut import Plan
-from splitfl.errors import SplitflError, printable
 from splitfl.wire import frames as wire
 from splitfl.wire.channel import Envelope, OwnerSocket
-from splitfl.wire.codecs import Frame
-from splitfl.wire.messages import Backward, Bye, Closed, Forward, FromParty, Hello, Refused, Release, Welcome, kind
-from splitfl.wire.session import OwnerSession, Terms, Turn
+from splitfl.wire.codecs import Frame, nbytes
+from splitfl.wire.messages import (
+    Backward,
+    Bye,
+    Closed,
+    Forward,
+    FromParty,
+    Hello,
+    Refused,
+    Release,
+    TensorName,
+    Welcome,
+    kind,
+)
+from splitfl.wire.session import Turn
 
 log = logging.getLogger("splitfl.owner")
 
 _HOUSEKEEPING_S = 0.5
-
-
-class Admission(Protocol):
-    """Who may speak: the allow-list, or everyone on an insecure loopback channel."""
-
-    def allowed(self, public_key: bytes) -> str | None:
-        """The party's name, or None if this key is not admitted."""
-
-    def reload(self) -> None:
-        """Look at the list again."""
-
-
-class Everyone:
-    """Admission for an insecure loopback channel, where there are no keys."""
-
-    def allowed(self, public_key: bytes) -> str | None:
-        """Anybody, under one name."""
-        return "loopback"
-
-    def reload(self) -> None:
-        """Nothing ever changes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerLimits:
-    """What the owner allows any session."""
-
-    max_tokens: int
-    max_length: int
-    max_sessions: int
-    lease_s: float
-    recompute: bool
+_DRAIN_S = 30.0
+_LINES = 20  # in the log, of what parties bring about, each time the house is kept
 
 
 @dataclass
@@ -88,34 +73,38 @@ class Server:
         self.table = SessionTable(limits.lease_s)
         self.counters = Counters()
         self._draining = False
+        self._waiting_bytes = 0
+        self._lines = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting_limits = wire.Limits(width=plan.width, max_tokens=1, max_length=1, wire_dtype="float32")
 
     async def run(self) -> None:
-        """Serve until `stop`; then finish what is under way, say goodbye and return."""
-        housekeeping = asyncio.create_task(self._keep_house())
+        """Serve until cancelled; then finish what is under way, say goodbye and return. A second time: do not wait."""
+        upkeep = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_house())]
         try:
-            while True:
-                envelope = await self.socket.receive()
-                if envelope is not None:
-                    self._take(envelope)
-        except asyncio.CancelledError:
-            await self._drain()
+            try:
+                ended, _ = await asyncio.wait(upkeep, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:  # neither ends by itself
+                    task.result()
+            except asyncio.CancelledError:
+                await self._drain()
         finally:
-            housekeeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await housekeeping
+            for task in upkeep:
+                task.cancel()
+            await asyncio.gather(*upkeep, return_exceptions=True)
 
     def reload_admission(self) -> None:
         """Read the allow-list again and end the sessions of keys that are no longer on it."""
         self.admission.reload()
-        for held in self.table:
-            if self.admission.allowed(held.key[0].encode()) is None:
-                log.info("session of %s ended: its key was revoked", held.party)
-                self._refuse(held.route, held.key[1], _revoked())
-                self.table.remove(held)
+        self._end_revoked()
 
     # ---- one message
+
+    async def _receive(self) -> None:
+        while True:
+            envelope = await self.socket.receive()
+            if envelope is not None:
+                self._take(envelope)
 
     def _take(self, envelope: Envelope) -> None:
         """Check one message and start its task; whatever is wrong with it is answered, never raised."""
@@ -125,7 +114,7 @@ class Server:
             number = message.session
             party = self.admission.allowed(envelope.sender.encode())
             if party is None:
-                raise _revoked()
+                raise refusals.revoked()
             if isinstance(message, Hello):
                 self._greet(envelope, message, party)
             else:
@@ -134,12 +123,17 @@ class Server:
             self._refuse(envelope.route, number, violation)
         except Exception:
             log.exception("a request could not be handled")
-            self._refuse(envelope.route, number, _internal())
+            self._refuse(envelope.route, number, refusals.internal())
 
     def _greet(self, envelope: Envelope, message: Hello, party: str) -> None:
         wire.check_frames(message, envelope.frames, self._greeting_limits)
-        held = self.table.find((envelope.sender, message.session)) or self._open(envelope, message, party)
-        turn = held.talk.receive(message)
+        held = self.table.find((envelope.sender, message.session))
+        is_new = held is None
+        if held is None:
+            if self._draining:
+                raise refusals.draining()
+            held = self._open(envelope, message, party)
+        held.talk.receive(message)
         self._heard(held, envelope)
         welcome = Welcome(
             session=message.session,
@@ -153,57 +147,19 @@ class Server:
         held.talk.send(welcome)
         self.table.add(held)
         self._send(envelope.route, wire.encode(welcome, {}))
-        if turn is Turn.NEW:
+        if is_new:
             self.counters.sessions += 1
-            log.info("session open: party %s, protocol %s, %s", party, message.protocol, message.wire_dtype)
+            self._note("session open: party %s, protocol %s, %s", party, message.protocol, message.wire_dtype)
 
     def _open(self, envelope: Envelope, message: Hello, party: str) -> HeldSession:
-        """A session for a first hello, not yet entered in the table."""
-        if self._draining:
-            raise _draining()
-        if message.protocol not in PROTOCOLS:
-            raise Refusal(
-                f"Protocol {printable(message.protocol, 40)!r} is not served here.",
-                code="protocol",
-                expected=", ".join(PROTOCOLS),
-            )
-        if (message.trunk, message.plan) != (self.plan.trunk, self.plan.digest):
-            raise Refusal(
-                f"The kit was cut from trunk {printable(message.trunk, 40)} with plan {printable(message.plan, 40)}.",
-                code="plan",
-                expected=f"trunk {self.plan.trunk} with plan {self.plan.digest}",
-                hint="ask the owner for the kit that belongs to the model served here",
-            )
-        if len(self.table) >= self.limits.max_sessions:
-            raise Refusal(
-                f"{len(self.table)} sessions are open already.",
-                code="busy",
-                expected=f"at most {self.limits.max_sessions}",
-                hint="try again later",
-            )
-        recompute = self.limits.recompute or message.memory == "recompute"
-        terms = Terms(
-            session=message.session,
-            protocol=message.protocol,
-            trunk=message.trunk,
-            plan=message.plan,
-            wire_dtype=message.wire_dtype,
-            memory=message.memory,
-        )
-        return HeldSession(
-            key=(envelope.sender, message.session),
-            party=party,
-            talk=OwnerSession(terms, PROTOCOLS[message.protocol].disclosure),
-            limits=wire.Limits(
-                width=self.plan.width,
-                max_tokens=self.limits.max_tokens,
-                max_length=self.limits.max_length,
-                wire_dtype=message.wire_dtype,
-            ),
-            recompute=recompute,
-            route=envelope.route,
-            budget=self.answerer.budget,
-        )
+        """A session for a first hello, not yet entered in the table; a forgotten one may have to give way to it."""
+        check_offer(message, self.plan)
+        forgotten = make_room(self.table, envelope.sender, self.limits)
+        if forgotten is not None:
+            self._note("a silent session of %s gives way to its next one", forgotten.party)
+            self._end(forgotten)
+        share = self.table.share(envelope.sender, self.answerer.budget)
+        return new_session(message, party, envelope, self.limits, self.plan.width, share)
 
     def _dispatch(self, envelope: Envelope, message: FromParty) -> None:
         held = self.table.find((envelope.sender, message.session))
@@ -227,7 +183,7 @@ class Server:
                     held.drop_cache(number)
             case Bye():
                 self._say_closed(held)
-                log.info("session closed: party %s, %d tokens served", held.party, held.served_tokens)
+                self._note("session closed: party %s, %d tokens served", held.party, held.served_tokens)
 
     def _start(self, held: HeldSession, message: Forward | Backward, envelope: Envelope, turn: Turn) -> None:
         request = (kind(message), message.step)
@@ -236,48 +192,78 @@ class Server:
         if turn is Turn.RETRY and request in held.replies:
             self._send(envelope.route, held.replies[request])
             return
-        held.under_way.add(request)
-        task = asyncio.create_task(self._serve(held, message, envelope))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        size = sum(map(nbytes, envelope.frames))
+        if self._draining:
+            problem = refusals.draining()
+        elif held.under_way and self._waiting_bytes + size > self.limits.max_waiting_bytes:
+            problem = refusals.too_much_waits()
+        else:
+            held.under_way.add(request)
+            self._waiting_bytes += size
+            task = asyncio.create_task(self._serve(held, message, envelope, size))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return
+        self._refuse(envelope.route, message.session, problem, step=message.step, held=held)
 
-    async def _serve(self, held: HeldSession, message: Forward | Backward, envelope: Envelope) -> None:
-        """Schedule one request and answer it."""
+    async def _serve(self, held: HeldSession, message: Forward | Backward, envelope: Envelope, size: int) -> None:
+        """Schedule one request and answer it; if its session has ended meanwhile, nobody is told."""
         request = (kind(message), message.step)
         try:
             if isinstance(message, Forward):
                 outcome = await self._forward(held, message, envelope)
             else:
                 outcome = await self._backward(held, message, envelope)
-            reply = wire.open_header(outcome.frames, sender="owner")
-            held.talk.send(reply)
-            held.remember(request, outcome.frames)
-            self._send(held.route, outcome.frames)
+            if self._is_open(held):
+                held.talk.send(wire.open_header(outcome.frames, sender="owner"))
+                held.remember(request, outcome.frames)
+                self._send(held.route, outcome.frames)
         except wire.Violation as violation:
-            self._refuse(held.route, held.key[1], violation, step=message.step, held=held)
+            if self._is_open(held):
+                self._refuse(held.route, held.key[1], violation, step=message.step, held=held)
         except Exception:
             log.exception("a %s could not be served", kind(message))
-            self._refuse(held.route, held.key[1], _internal(), step=message.step, held=held)
+            if self._is_open(held):
+                self._refuse(held.route, held.key[1], refusals.internal(), step=message.step, held=held)
         finally:
+            self._waiting_bytes -= size
             held.under_way.discard(request)
+            held.last_heard = time.monotonic()  # the lease begins when there is something to hold
+            if not self._is_open(held):
+                self._end(held)  # once more, for what the request has left behind
 
     async def _forward(self, held: HeldSession, message: Forward, envelope: Envelope) -> Outcome:
-        if self._draining:
-            raise _draining()
         tensors = wire.tensors_of(message, envelope.frames)
         tokens = tensors["hidden"].shape[0] * tensors["hidden"].shape[1]
-        work = functools.partial(self.answerer.forward, held, message, tensors)
-        async with held.cache_turn if message.cache is not None else contextlib.nullcontext():
+        if message.cache is None:
+            work = functools.partial(self.answerer.forward, held, message, tensors)
             outcome = await self.scheduler.run(held.key, tokens, work)
+        else:
+            outcome = await self._forward_cached(held, message, tensors, tokens)
         if outcome.kept is not None:
-            if self.table.find(held.key) is held:
+            if self._is_open(held) and message.step in held.talk.kept_steps():
                 held.keep(message.step, outcome.kept, outcome.reserved)
-            else:  # closed meanwhile
-                self.answerer.budget.give_back(outcome.reserved)
+            else:  # closed or released meanwhile
+                held.budget.give_back(outcome.reserved)
         held.served_tokens += tokens
         self.counters.forwards += 1
         self.counters.tokens += tokens
         return outcome
+
+    async def _forward_cached(
+        self, held: HeldSession, message: Forward, tensors: dict[TensorName, torch.Tensor], tokens: int
+    ) -> Outcome:
+        assert message.cache is not None  # noqa: S101
+        async with held.cache_turn:
+            if not self._is_open(held):
+                raise refusals.ended()
+            cache = self.answerer.open_cache(held, message)
+            try:
+                work = functools.partial(self.answerer.forward, held, message, tensors, cache)
+                return await self.scheduler.run(held.key, tokens, work)
+            except BaseException:
+                held.drop_cache(message.cache)  # it may be half written
+                raise
 
     async def _backward(self, held: HeldSession, message: Backward, envelope: Envelope) -> Outcome:
         if message.step not in held.kept:
@@ -289,7 +275,11 @@ class Server:
         kept, _ = held.kept[message.step]
         gradient = wire.tensors_of(message, envelope.frames)["gradient"]
         work = functools.partial(self.answerer.backward, held, message, kept, gradient)
-        outcome = await self.scheduler.run(held.key, 2 * gradient.shape[0] * gradient.shape[1], work)
+        try:
+            outcome = await self.scheduler.run(held.key, 2 * gradient.shape[0] * gradient.shape[1], work)
+        except BaseException:
+            held.spend_step(message.step)
+            raise
         held.drop_step(message.step)
         self.counters.backwards += 1
         return outcome
@@ -309,7 +299,7 @@ class Server:
         held: HeldSession | None = None,
     ) -> None:  # fmt: skip
         self.counters.refusals[violation.code] = self.counters.refusals.get(violation.code, 0) + 1
-        log.info("refused: %s (%s)", violation.code, violation.problem)
+        self._note("refused: %s (%s)", violation.code, violation.problem)
         refused = Refused(
             session=number,
             code=violation.code,
@@ -328,46 +318,57 @@ class Server:
         with contextlib.suppress(wire.Violation):
             held.talk.send(closed)
         self._send(held.route, wire.encode(closed, {}))
+        self._end(held)
+
+    def _is_open(self, held: HeldSession) -> bool:
+        return self.table.find(held.key) is held
+
+    def _end(self, held: HeldSession) -> None:
+        """Forget a session and give back what it holds."""
         self.table.remove(held)
         self.scheduler.forget(held.key)
+
+    def _note(self, text: str, *facts: object) -> None:
+        """Log what a party brought about, but not more lines than anybody would read."""
+        self._lines += 1
+        log.log(logging.INFO if self._lines <= _LINES else logging.DEBUG, text, *facts)
 
     # ---- upkeep
 
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
+            if self._lines > _LINES:
+                log.info("%d more lines were left out", self._lines - _LINES)
+            self._lines = 0
             try:
-                self.reload_admission()
-                for held in self.table.expired():
-                    log.info("session of %s expired after %.0f s of silence", held.party, self.limits.lease_s)
-                    self._say_closed(held)
-            except SplitflError as error:
-                log.warning("%s", error)
+                self._end_revoked()
+                self._end_expired()
+            except Exception:  # upkeep must go on, or nobody could be revoked any more
+                log.exception("a round of upkeep failed")
+
+    def _end_revoked(self) -> None:
+        for held in self.table:
+            if self.admission.allowed(held.key[0].encode()) is None:
+                log.info("session of %s ended: its key was revoked", held.party)
+                self._refuse(held.route, held.key[1], refusals.revoked())
+                self._end(held)
+
+    def _end_expired(self) -> None:
+        """No goodbye: a party that comes back is told that its session is unknown, and opens it again by itself."""
+        for held in self.table.expired():
+            self._note("session of %s expired after %.0f s of silence", held.party, self.limits.lease_s)
+            self._end(held)
 
     async def _drain(self) -> None:
-        """Finish what is under way, then close every session."""
+        """Finish what is under way, then close every session. Messages are read all the time, to say no to them."""
         self._draining = True
         waiting = [task for task in self._tasks if not task.done()]
         if waiting:
-            await asyncio.wait(waiting, timeout=30)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(waiting, timeout=_DRAIN_S)
         for held in self.table:
             self._say_closed(held)
         c = self.counters
         log.info("stopped: %d sessions, %d forwards, %d backwards, %d tokens", c.sessions, c.forwards, c.backwards,
                  c.tokens)  # fmt: skip
-
-
-def _revoked() -> Refusal:
-    return Refusal(
-        "This key is not on the owner's allow-list.", code="revoked", hint="ask the owner to run `splitfl keys allow`"
-    )
-
-
-def _draining() -> Refusal:
-    return Refusal(
-        "The owner is shutting down.", code="draining", hint="start again with --resume once the owner is back"
-    )
-
-
-def _internal() -> Refusal:
-    return Refusal("The owner met an error of its own.", code="internal", hint="ask the owner to look at its log")

@@ -6,15 +6,16 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from transformers import Cache
 
-from model_owner.memory import MemoryBudget
+from model_owner.memory import MemoryBudget, Share
 from model_owner.trunk import Kept
-from splitfl.wire.codecs import Frame
+from splitfl.wire.codecs import Frame, nbytes
 from splitfl.wire.frames import Limits
+from splitfl.wire.messages import BYTES_PER_ELEMENT
 from splitfl.wire.session import OwnerSession
 
 SessionKey: TypeAlias = tuple[str, int]
@@ -27,10 +28,12 @@ _REPLIES_REMEMBERED = 4  # a party resends what is unanswered, and it has few re
 
 @dataclass
 class HeldCache:
-    """A KV cache and the bytes reserved for it."""
+    """A KV cache, the bytes reserved for it, and its extent once the requests so far are done."""
 
     cache: Cache
     reserved: int = 0
+    rows: int = 0
+    length: int = 0
 
 
 @dataclass
@@ -44,7 +47,8 @@ class HeldSession:
     limits: Limits
     recompute: bool
     route: bytes
-    budget: MemoryBudget
+    budget: Share
+    """Shared by all sessions of one party."""
     last_heard: float = field(default_factory=time.monotonic)
     kept: dict[int, tuple[Kept, int]] = field(default_factory=dict)
     caches: dict[int, HeldCache] = field(default_factory=dict)
@@ -53,6 +57,10 @@ class HeldSession:
     served_tokens: int = 0
     cache_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a cache is in use: requests on caches of one session do not overlap."""
+
+    def silent_for(self, seconds: float) -> bool:
+        """Whether nothing is under way, and nothing was heard or answered for so long."""
+        return not self.under_way and self.last_heard < time.monotonic() - seconds
 
     def keep(self, step: int, kept: Kept, reserved: int) -> None:
         """Hold a step for its backward."""
@@ -64,6 +72,14 @@ class HeldSession:
         held = self.kept.pop(step, None)
         if held is not None:
             self.budget.give_back(held[1])
+
+    def spend_step(self, step: int) -> None:
+        """A backward through `step` failed and may have used its graph up: hold only what makes a new one."""
+        if step in self.kept:
+            kept, reserved = self.kept[step]
+            needed = min(kept.request.hidden.nbytes, reserved)
+            self.kept[step] = (replace(kept, entry=None, output=None), needed)
+            self.budget.give_back(reserved - needed)
 
     def drop_cache(self, number: int) -> None:
         """Forget a cache and return its bytes."""
@@ -80,10 +96,18 @@ class HeldSession:
         self.replies.clear()
 
     def remember(self, request: Request, frames: list[Frame]) -> None:
-        """Keep a reply for a party that did not get it: the same request gets the same bytes."""
+        """Keep a reply for a party that did not get it: the same request gets the same bytes.
+
+        The last reply is always kept, earlier ones while all together are no more than one message may be.
+        """
         self.replies[request] = frames
-        while len(self.replies) > _REPLIES_REMEMBERED:
+        self.replies.move_to_end(request)
+        most = self.limits.max_tokens * self.limits.width * BYTES_PER_ELEMENT[self.limits.wire_dtype]
+        while len(self.replies) > _REPLIES_REMEMBERED or (len(self.replies) > 1 and self._reply_bytes() > most):
             self.replies.popitem(last=False)
+
+    def _reply_bytes(self) -> int:
+        return sum(nbytes(frame) for frames in self.replies.values() for frame in frames[1:])
 
 
 class SessionTable:
@@ -103,16 +127,24 @@ class SessionTable:
         """The session of this sender and number."""
         return self._sessions.get(key)
 
+    def of_party(self, sender: str) -> list[HeldSession]:
+        """All sessions under this key."""
+        return [session for session in self._sessions.values() if session.key[0] == sender]
+
+    def share(self, sender: str, budget: MemoryBudget) -> Share:
+        """This party's part of the budget, the same for all its sessions."""
+        return next((session.budget for session in self.of_party(sender)), None) or Share(budget)
+
     def add(self, session: HeldSession) -> None:
         """Enter a new session."""
         self._sessions[session.key] = session
 
     def remove(self, session: HeldSession) -> None:
         """Close a session and return what it held."""
-        self._sessions.pop(session.key, None)
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
         session.drop_all()
 
     def expired(self) -> list[HeldSession]:
         """Sessions whose party has been silent for longer than the lease, with nothing under way."""
-        oldest = time.monotonic() - self.lease_s
-        return [s for s in self._sessions.values() if s.last_heard < oldest and not s.under_way]
+        return [session for session in self._sessions.values() if session.silent_for(self.lease_s)]

@@ -163,14 +163,21 @@ def _rewind(cache: Cache, request: TrunkRequest) -> None:
             cache.crop(request.past - length)
         except RuntimeError as error:
             raise CacheMismatchError(
-                f"The cache cannot be cut back from {length} to {request.past} positions: a sliding window has passed.",
+                f"The cache cannot be cut back from {length} to {request.past} positions: "
+                "a sliding window has passed, or a layer holds a state instead of positions.",
                 hint="generate without a method that takes tokens back",
             ) from error
 
 
 def _rows_of(cache: Cache) -> int | None:
-    rows = cache.batch_size
-    return rows if rows > 0 else None
+    """Rows that the cache holds; None if nothing was put into it yet."""
+    for slot in cache.layers:
+        states = [getattr(slot, "keys", None), *getattr(slot, "conv_states", {}).values()]
+        states += getattr(slot, "recurrent_states", {}).values()
+        for state in states:
+            if state is not None and state.numel():
+                return len(state)
+    return None
 
 
 class LocalLink:

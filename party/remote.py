@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from splitfl.cut import PassThrough, Plan, cache_among, count_positions, entrance, module_at, slot_of
+from splitfl.cut import (
+    PassThrough,
+    Plan,
+    cache_among,
+    count_positions,
+    counted_length,
+    counted_rows,
+    entrance,
+    module_at,
+    renumber_rows,
+    slot_of,
+)
 from splitfl.errors import UsageError
 from splitfl.link import TrunkLink, TrunkRequest
 
@@ -92,7 +102,7 @@ class RemoteTrunk(PassThrough):
         cache = cache_among(args, kwargs)
         keep = torch.is_grad_enabled() and hidden_states.requires_grad
         if cache is not None and keep:
-            if cache.get_seq_length(self._counting_slot(cache)) > 0:
+            if counted_length(self._counting_slot(cache)):
                 raise UsageError(
                     "A gradient was asked for across a filled KV cache.",
                     hint="train without past_key_values, or generate under torch.no_grad()",
@@ -100,10 +110,14 @@ class RemoteTrunk(PassThrough):
             # A cache that training made by default and will not read again is counted here and not kept there.
             count_positions(cache, self.index, hidden_states)
             cache = None
+        mask = self._mask
+        if cache is not None and counted_length(self._counting_slot(cache)) is None:
+            # No layer of this trunk looks at another position: there is nothing to cache.
+            cache, mask = None, None if mask is None else mask[:, -hidden_states.shape[1] :]
         number, past, rows = (None, 0, None) if cache is None else self._cache_state(cache, hidden_states.shape[0])
         request = TrunkRequest(
             hidden=hidden_states.detach(),
-            mask=self._mask,
+            mask=mask,
             positions=self._positions,
             keep=keep,
             cache=number,
@@ -114,15 +128,15 @@ class RemoteTrunk(PassThrough):
             count_positions(cache, self.index, hidden_states)
         return self.form(_ThroughTrunk.apply(hidden_states, self.link, request))
 
-    def _counting_slot(self, cache: Cache) -> int:
-        """The first trunk slot that counts positions (a linear-attention slot does not)."""
-        slots = ((index, slot_of(cache, index)) for index in self.plan.trunk_layers)
-        return next((i for i, slot in slots if slot is None or isinstance(slot, CacheLayerMixin)), self.index)
+    def _counting_slot(self, cache: Cache) -> Any:
+        """The first trunk slot of `cache` that counts positions (a slot of a layer without attention does not)."""
+        slots = [slot_of(cache, index) for index in self.plan.trunk_layers]
+        return next((slot for slot in slots if counted_length(slot) is not None), slots[0])
 
     def _cache_state(self, cache: Cache, batch: int) -> tuple[int, int, tuple[int, ...] | None]:
         """The owner's number for `cache`, how far it is filled, and its rows in their new order if they moved."""
-        index = self._counting_slot(cache)
-        past = int(cache.get_seq_length(index))
+        slot = self._counting_slot(cache)
+        past = counted_length(slot) or 0
         if cache not in self._caches:
             if past:
                 raise UsageError(
@@ -131,22 +145,14 @@ class RemoteTrunk(PassThrough):
                 )
             number = self._caches[cache] = next(self._numbers)
             weakref.finalize(cache, self.link.release, caches=(number,)).atexit = False
-        slot = slot_of(cache, index)
-        if not past or not isinstance(slot, DynamicLayer):
+        if not past:
             return self._caches[cache], past, None
-        rows = tuple(int(row) for row in slot.keys[:, 0, 0, 0])
-        if rows == tuple(range(batch)) and len(rows) == batch:
+        rows = tuple(int(row) for row in counted_rows(slot))
+        if rows == tuple(range(batch)):
             return self._caches[cache], past, None
-        for counted in self.plan.trunk_layers:
-            _number_rows(slot_of(cache, counted))
+        for index in self.plan.trunk_layers:
+            renumber_rows(slot_of(cache, index))
         return self._caches[cache], past, rows
-
-
-def _number_rows(slot: Any) -> None:
-    """Number a counting slot's rows from 0 again, once the owner has been told of their new order."""
-    if isinstance(slot, DynamicLayer) and slot.is_initialized:
-        order = torch.arange(slot.keys.shape[0], device=slot.keys.device).view(-1, 1, 1, 1)
-        slot.keys = order.expand_as(slot.keys).clone()
 
 
 def put_remote_trunk(model: PreTrainedModel, plan: Plan, link: TrunkLink) -> RemoteTrunk:

@@ -15,14 +15,16 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from protocols import protocol_named
 from splitfl.config import TuneSettings
 from splitfl.cut import Plan
 from splitfl.errors import ModelError, UsageError
 from splitfl.files import replace_text
+from splitfl.metrics import read_run
 from splitfl.options import read_config, to_toml
+from splitfl.rows import FormName
 
 _COMPLETE = "splitfl.json"  # written last into a checkpoint: one without it was never finished
 
@@ -83,6 +85,11 @@ class RunDirectory:
         values = read_config(self.config, TuneSettings)
         given: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return TuneSettings(**given)
+
+    def form(self) -> FormName:
+        """The form of the rows that the run was trained on; prompts are to be rendered like them."""
+        start = next((r for r in read_run(self.log) if r["event"] == "start"), {})
+        return cast("FormName", start.get("form", "prompt-completion"))
 
     def mark_complete(self, checkpoint: Path, plan: Plan) -> None:
         """Say that `checkpoint` is whole, and of which plan."""

@@ -37,13 +37,14 @@ from splitfl.wire.messages import (
     Welcome,
     kind,
 )
-from splitfl.wire.session import PartySession, Terms, Turn
+from splitfl.wire.session import PartySession, State, Terms, Turn
 
 Memory: TypeAlias = Literal["keep", "recompute"]
 Tap: TypeAlias = Callable[[str, Sequence[Frame]], None]
 """Sees every message that crosses: ``"sent"`` or ``"received"``, and its frames."""
 
 _RESEND_AFTER_S = 60.0
+_GOODBYE_S = 2.0
 LARGEST_BATCH_TOKENS = 65_536  # B x T; what the party takes from an owner in one message is sized by it
 
 
@@ -97,9 +98,9 @@ class Session:
     def close(self) -> None:
         """Say goodbye if the link allows it, and close the socket."""
         try:
-            if self.welcome is not None:
-                self._send(Bye(session=self.terms.session), {})
-                self._receive(time.monotonic() + 2.0)
+            if self.welcome is not None and self.socket.connected:
+                self._send(Bye(session=self.terms.session), {}, timeout_s=_GOODBYE_S)
+                self._receive(time.monotonic() + _GOODBYE_S)
         except SplitflError:
             pass  # the owner drops the session when its lease ends
         finally:
@@ -194,17 +195,19 @@ class Session:
         if caches or steps:
             self._send(Release(session=self.terms.session, caches=tuple(caches), steps=tuple(steps)), {})
 
-    def _send(self, message: FromParty, tensors: dict[TensorName, torch.Tensor]) -> list[Frame]:
+    def _send(
+        self, message: FromParty, tensors: dict[TensorName, torch.Tensor], timeout_s: float | None = None
+    ) -> list[Frame]:
         described = wire.describe(message, tensors, self.terms.wire_dtype)
         self.talk.send(described)
         frames = wire.encode(described, tensors, self.terms.wire_dtype)
-        self._put(frames)
+        self._put(frames, timeout_s)
         return frames
 
-    def _put(self, frames: list[Frame]) -> None:
+    def _put(self, frames: list[Frame], timeout_s: float | None = None) -> None:
         if self.tap is not None:
             self.tap("sent", frames)
-        self.socket.send(frames, timeout_s=self.timeout_s)
+        self.socket.send(frames, timeout_s=self.timeout_s if timeout_s is None else timeout_s)
 
     # ---- waiting
 
@@ -215,26 +218,32 @@ class Session:
         while True:
             links = self.socket.links
             got = self._receive(min(deadline, resend_at))
-            if got is None:
-                now = time.monotonic()
-                if now >= deadline:
-                    raise self._silence(kind(message))
-                if now >= resend_at or self.socket.links > links:
-                    self._put(frames)
-                    resend_at = now + _RESEND_AFTER_S
-                continue
-            answer, answer_frames, turn = got
-            if isinstance(answer, Refused):
-                self._recover(answer, message, frames)
-                continue
-            if isinstance(answer, Closed):
-                raise RefusedError(
-                    "The owner has closed the session.",
-                    code="draining",
-                    hint="start again with --resume once the owner is back",
-                )
-            if turn is Turn.NEW and getattr(answer, "step", None) == message.step:
-                return wire.tensors_of(answer, answer_frames)
+            tensors = None if got is None else self._take(got, message, frames)
+            if tensors is not None:
+                return tensors
+            now = time.monotonic()
+            if now >= deadline:  # an owner that talks of other things all the time is as good as silent
+                raise self._silence(kind(message))
+            if got is None and (now >= resend_at or self.socket.links > links):
+                self._put(frames)
+                resend_at = now + _RESEND_AFTER_S
+
+    def _take(
+        self, got: tuple[FromOwner, Sequence[Frame], Turn], message: Forward | Backward, frames: list[Frame]
+    ) -> dict[TensorName, torch.Tensor] | None:
+        """The tensors, if what came is the answer to `message`; otherwise do what it calls for."""
+        answer, answer_frames, turn = got
+        if isinstance(answer, Refused):
+            self._recover(answer, message, frames)
+        elif isinstance(answer, Closed):
+            raise RefusedError(
+                "The owner has closed the session.",
+                code="draining",
+                hint="start again with --resume once the owner is back",
+            )
+        elif turn is Turn.NEW and getattr(answer, "step", None) == message.step:
+            return wire.tensors_of(answer, answer_frames)
+        return None
 
     def _receive(self, until: float) -> tuple[FromOwner, Sequence[Frame], Turn] | None:
         """The next message of the owner, checked; None if none came in time."""
@@ -246,6 +255,8 @@ class Session:
         message = wire.decode(frames, sender="owner", limits=self._limits())
         if isinstance(message, Refused) and message.session != self.terms.session:
             return message, frames, Turn.NEW  # our header did not even parse there
+        if isinstance(message, Refused) and message.code == "unknown_session" and self.talk.state is State.GREETING:
+            return message, frames, Turn.RETRY  # of what was sent before the hello; a hello is never refused so
         turn = self.talk.receive(message)
         return cast("FromOwner", message), frames, turn
 
@@ -268,7 +279,7 @@ class Session:
             self._hold_again(message.step)
         elif message.cache is not None and message.past:
             raise RefusedError(
-                "The owner restarted, and the cache of this generation is gone.",
+                "The owner restarted or its lease ran out, and the cache of this generation is gone.",
                 code="unknown_cache",
                 hint="generate again",
             )
@@ -296,15 +307,17 @@ class Session:
         self._send(self.terms.hello(), {})
         deadline = time.monotonic() + min(self.timeout_s, 30.0)
         while True:
+            links = self.socket.links
             got = self._receive(deadline)
-            if got is None:
+            if got is not None and isinstance(got[0], Welcome):
+                self.welcome = got[0]
+                return got[0]
+            if got is not None and isinstance(got[0], Refused) and got[2] is Turn.NEW:
+                raise _as_error(got[0])
+            if time.monotonic() >= deadline:
                 raise self._silence("hello")
-            answer = got[0]
-            if isinstance(answer, Refused):
-                raise _as_error(answer)
-            if isinstance(answer, Welcome):
-                self.welcome = answer
-                return answer
+            if got is None and self.socket.links > links:
+                self._send(self.terms.hello(), {})
 
     def _silence(self, word: str) -> UnreachableError:
         return UnreachableError(

@@ -28,6 +28,7 @@ from splitfl.kit import Kit, open_kit
 from splitfl.load import parameter_count
 from splitfl.metrics import Result, RunLog, peak_rss_bytes, write_results
 from splitfl.report import as_size, write_report
+from splitfl.rows import FormName
 
 _LONGEST_WITHOUT_LIMIT = 2048  # for models whose positions have no table; --max-length sets another
 
@@ -44,6 +45,8 @@ class Data:
     train: Examples
     held_out: Examples | None
     collator: Collator
+    form: FormName
+    """Of the training rows; prompts are rendered the same way later."""
 
 
 def tune(settings: TuneSettings) -> int:
@@ -90,7 +93,7 @@ def read_data(settings: TuneSettings, kit: Kit) -> Data:
         held_rows = load_rows(settings.eval, columns=columns, task=kit.plan.task, label2id=rows.label2id or label2id)
         held_out = tokenise(held_rows, tokenizer, **options)
     collator = Collator(tokenizer, padding_side=settings.padding_side, pad_token_id=kit.config.pad_token_id)
-    return Data(train=train, held_out=held_out, collator=collator)
+    return Data(train=train, held_out=held_out, collator=collator, form=rows.form)
 
 
 def connect(settings: TuneSettings, kit: Kit) -> Session:
@@ -224,6 +227,7 @@ def _start_facts(
         "dtype": resolve_dtype(kit, settings.dtype),
         "wire_dtype": session.terms.wire_dtype,
         "memory": settings.memory,
+        "form": data.form,
         "train_rows": data.train.counts.rows,
         "train_tokens": data.train.counts.tokens,
         "eval_rows": data.held_out.counts.rows if data.held_out is not None else None,

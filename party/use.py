@@ -105,7 +105,7 @@ def generate_from_run(settings: GenerateSettings) -> None:
             raise UsageError("This run tuned a classifier, which generates nothing.", hint="use `splitfl evaluate`")
         tokenizer = opened.tokenizer
         if settings.chat:
-            ids = encode_prompt(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt, form=RunDirectory(settings.run).form())
         else:
             ids = tokenizer(prompt)["input_ids"]
             if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text

@@ -98,17 +98,22 @@ def find_stack(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     family = config.model_type
     if config.is_encoder_decoder:
         raise ModelError(f"A {family} model is an encoder-decoder.", expected="a causal LM or an encoder classifier")
-    depth = config.get_text_config().num_hidden_layers
-    stacks = [
-        (name, module)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and all("hidden_states" in _parameters(layer) for layer in module)
-    ]
-    if len(stacks) != 1:
+    text = config.get_text_config()
+    if getattr(text, "output_router_logits", False):
         raise ModelError(
-            f"A {family} model has {len(stacks)} lists of {depth} layers; one was looked for.",
+            f"This {family} model adds a loss over the routers of all its layers, and those of the trunk stay there.",
+            hint="set output_router_logits to false in config.json",
+        )
+    depth = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
+    # A model that also sees or hears has towers with layers of their own, outside its decoder.
+    inside = {id(module) for module in base.get_decoder().modules()}
+    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in lists if len(module) == depth and id(module) in inside]
+    stacks = [(name, module) for name, module in lists if all("hidden_states" in _parameters(m) for m in module)]
+    if len(stacks) != 1:
+        unlike = " that take `hidden_states`" if len(lists) > len(stacks) else ""
+        raise ModelError(
+            f"A {family} model has {len(stacks)} lists of {depth} layers{unlike}; one was looked for.",
             expected="a model whose layers stand in one list and take `hidden_states`",
         )
     name, layers = stacks[0]
@@ -185,17 +190,49 @@ def cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
 
 
 def count_positions(cache: Cache, index: int, hidden: torch.Tensor) -> None:
-    """Advance slot `index` of `cache` by the positions of `hidden` [B, T, D] without keys or values.
+    """Advance slot `index` of `cache` by the positions of `hidden` [B, T, D] without anything that was computed.
 
-    The entry is the row number of each position, [B, 1, T, 1]: width 0 would read as empty.
+    The entry is the row number of each position, [B, 1, T, 1]: width 0 would read as empty. A slot that only ever
+    holds a state (linear attention) takes it as that, [B, T].
     """
     slot = slot_of(cache, index)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
     if isinstance(slot, LinearAttentionCacheLayerMixin):
         slot.has_previous_state = dict.fromkeys(slot.has_previous_state, True)
     if slot is None or isinstance(slot, CacheLayerMixin):
-        rows = torch.arange(hidden.shape[0], device=hidden.device).view(-1, 1, 1, 1)
-        entry = rows.expand(-1, 1, hidden.shape[1], 1)
+        entry = rows.view(-1, 1, 1, 1).expand(-1, 1, hidden.shape[1], 1)
         cache.update(entry, entry, index)
+    elif isinstance(slot, LinearAttentionCacheLayerMixin):
+        entry, before = rows.view(-1, 1).expand(-1, hidden.shape[1]), slot.recurrent_states[0]
+        slot.recurrent_states[0] = entry if before is None else torch.cat([before, entry], dim=1)
+        slot.is_recurrent_states_initialized[0], slot.device = True, hidden.device
+
+
+def counted_length(slot: Any) -> int | None:
+    """Positions that `count_positions` put into a slot; None if slots of this kind do not count."""
+    if slot is None:
+        return 0
+    if isinstance(slot, CacheLayerMixin):
+        return int(slot.get_seq_length())
+    if isinstance(slot, LinearAttentionCacheLayerMixin):
+        return 0 if slot.recurrent_states[0] is None else slot.recurrent_states[0].shape[1]
+    return None
+
+
+def counted_rows(slot: Any) -> torch.Tensor:
+    """Row numbers [B] in a slot that has counted, in the order that `generate()` has brought them to."""
+    return slot.keys[:, 0, 0, 0] if isinstance(slot, CacheLayerMixin) else slot.recurrent_states[0][:, 0]
+
+
+def renumber_rows(slot: Any) -> None:
+    """Number a counting slot's rows from 0 again, once the owner has been told of their new order."""
+    if not counted_length(slot):
+        return
+    order = torch.arange(len(counted_rows(slot)), device=counted_rows(slot).device)
+    if isinstance(slot, CacheLayerMixin):
+        slot.keys = order.view(-1, 1, 1, 1).expand_as(slot.keys).clone()
+    else:
+        slot.recurrent_states[0] = order.view(-1, 1).expand_as(slot.recurrent_states[0]).clone()
 
 
 def slot_of(cache: Cache, index: int) -> Any:

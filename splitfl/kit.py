@@ -12,6 +12,7 @@ import copy
 import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,19 @@ def make_plan(
         ModelError: the model cannot be cut, or not there.
     """
     config = config or load_config(model_dir)
+    cls = model_class(config, task)
     with torch.device("meta"), quiet_library():
-        base = model_class(config, task)(config).base_model
+        model = cls(config)
+        base = model.base_model
+    if task == "causal-lm" and not cls._supports_default_dynamic_cache():
+        raise ModelError(
+            f"A {config.model_type} model cannot be cut: it keeps what it remembers of a text in a cache of its own kind.",
+            expected="a model that generates with the library's own KV cache",
+        )
     stack, layers = find_stack(base)
     entrance(base, stack)
     check_cut(len(layers), bottom, top)
+    _refuse_shared_weights(model, layers[bottom : len(layers) - top])
     text = config.get_text_config()
     width, returns_tuple = _probe_layer(config, task, stack)
     plan = Plan(
@@ -128,6 +137,17 @@ def make_plan(
         trunk="",
     )
     return msgspec.structs.replace(plan, trunk=fingerprint_trunk(model_dir, plan))
+
+
+def _refuse_shared_weights(model: PreTrainedModel, trunk: nn.ModuleList) -> None:
+    """Refuse a cut through layers that share a tensor: the kit would hold a part of the trunk."""
+    shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared.subtract(id(parameter) for _, parameter in trunk.named_parameters(remove_duplicate=False))
+    if any(shared[id(parameter)] > 0 for parameter in trunk.parameters()):
+        raise ModelError(
+            f"A {model.config.model_type} model cannot be cut there: layers of the trunk share weights with others.",
+            expected="a trunk whose tensors are its own, so that none of them has to be given away",
+        )
 
 
 def _dtype_name(asked: str, config: PreTrainedConfig) -> str:
@@ -174,7 +194,7 @@ def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int,
     finally:
         handle.remove()
     hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[:2] != (1, 4):
         shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
         raise ModelError(
             f"The layers of a {config.model_type} model pass on {shape} for 1 row of 4 positions, not one hidden state.",

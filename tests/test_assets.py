@@ -91,9 +91,9 @@ def test_model_knows_simple_english(model: LlamaForCausalLM, tokenizer: PreTrain
         "Once upon a time, there was a little rabbit who lived in a hole under a big tree. Every morning he went to "
         'the garden to look for carrots. One day he met a bird who was very sad. "What is wrong?" asked the rabbit.'
     )
-    shuffled = story.split()
+    words = story.split()
     torch.manual_seed(0)
-    shuffled = " ".join(shuffled[i] for i in torch.randperm(len(shuffled)).tolist())
+    shuffled = " ".join(words[i] for i in torch.randperm(len(words)).tolist())
     assert math.exp(text_loss(model, tokenizer, [story])) < 20
     assert text_loss(model, tokenizer, [shuffled]) > text_loss(model, tokenizer, [story]) + 1.5
 

@@ -84,6 +84,25 @@ def test_reasoning_that_a_template_drops_later(tmp_path: Path) -> None:
     assert answers(path, bpe(keeps_last)) == [["first\nline<done>\n", "end<done>\n"]]
 
 
+def test_a_template_that_marks_the_end_of_the_whole_row(tmp_path: Path) -> None:
+    marks = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]\n{% endfor %}{{ eos_token }}"
+    chat = [("user", "Say yes."), ("assistant", "yes\nyes"), ("user", "yes?"), ("assistant", "yes")]
+    path = written(tmp_path / "rows.jsonl", chat)
+    assert answers(path, bpe(marks)) == [["yes\nyes[end]\n", "yes[end]\n</s>"]]
+
+
+def test_a_template_that_renders_whole_exchanges_only(tmp_path: Path) -> None:
+    even = (
+        "{% if messages | length % 2 %}{{ raise_exception('in pairs') }}{% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    path = written(tmp_path / "rows.jsonl", [("user", "Say yes."), ("assistant", "yes")] * 2)
+    assert answers(path, bpe(even)) == [["yes", "yes"]]
+    rows = load_rows(path, task="causal-lm")
+    [found] = render(rows, list(rows), bpe(even), eos="", answer_only=True)
+    assert [found.text[:begin].endswith("[assistant]") for begin, _ in found.answers] == [True, True]
+
+
 REAL = sorted((Path(str(pytest.importorskip("trl").__file__)).parent / "chat_templates").glob("*.jinja"))
 # For pictures: these read content as a list of parts and show nothing of a string, or stop at it.
 NEEDS_PARTS = ("idefics3", "smolvlm", "llava_next")

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ def refusal(path: Path, place: str, *said: str, task: Any = CAUSAL, **options: A
         assert SECRET not in str(chain)
         assert not isinstance(chain, (UnicodeError, json.JSONDecodeError))  # they hold what they failed on
         chain = chain.__context__
-    assert SECRET not in "".join(traceback.format_exception_only(error))
     return error
 
 
@@ -101,8 +99,11 @@ def test_column_map_decides_between_forms(tmp_path: Path) -> None:
     assert load_rows(path, task=CAUSAL, columns={"text": "text"})[0].text == "whole"
 
 
-def test_paragraphs_of_plain_text() -> None:
-    rows = load_rows(DATA / "harbour.txt", task=CAUSAL)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_paragraphs_of_plain_text(tmp_path: Path, line_end: bytes) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_bytes((DATA / "harbour.txt").read_bytes().replace(b"\r", b"").replace(b"\n", line_end))
+    rows = load_rows(path, task=CAUSAL)
     assert rows.paragraphs
     assert [row.line for row in rows] == [1, 5, 9, 13]  # a line of blanks separates too
     assert str(rows[0].text).endswith("from\nthe window of his mill.")

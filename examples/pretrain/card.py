@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 
@@ -110,16 +112,19 @@ Seeds are fixed. Runs on different devices agree closely, not to the bit.
 """
 
 
-class Figure(Protocol):
-    """One line of the perplexity table."""
+@dataclass(frozen=True)
+class HeldOut:
+    """What the model makes of one split of one source."""
 
     source: str
     split: str
     tokens: int
+    loss: float  # nats per token
     bits_per_byte: float
 
     @property
-    def perplexity(self) -> float: ...
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
 
 
 def draw_losses(results: dict[str, dict[str, Any]], best: str, path: Path) -> None:
@@ -165,7 +170,7 @@ def write_card(
     folder: Path,
     results: dict[str, dict[str, Any]],
     best: str,
-    figures: Sequence[Figure],
+    figures: Sequence[HeldOut],
     losses: dict[str, float],
     samples: Sequence[tuple[str, str]],
     *,

@@ -33,6 +33,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 from vocabulary import load_tokenizer, save_whole, train_tokenizer
 
 Settings = dict[str, Any]
@@ -243,6 +244,8 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps (for a quick look)")
     parser.add_argument("--only-tokenizer", action="store_true", help="train the tokenizer and stop")
     options = parser.parse_args()
+    logging.set_verbosity_error()  # whole books are longer than the context, and meant to be
+    logging.disable_progress_bar()
     settings = read_settings(options.settings, options.trial)
     if options.epochs:
         settings["training"]["epochs"] = options.epochs

@@ -14,15 +14,15 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from card import draw_losses, write_card
+from card import HeldOut, draw_losses, write_card
 from corpus import Source, Tokens, Windows, encode, load_split, read_sources
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging
 from vocabulary import load_tokenizer
 
 WORTH = 1e-3  # nats per token
@@ -34,21 +34,6 @@ PROMPTS = (
     "Question: Tom has 3 apples and buys 5 more. How many apples does Tom have?\nAnswer:",
     "Question: Write a short letter to a friend.\nAnswer:",
 )
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the model makes of one split of one source."""
-
-    source: str
-    split: str
-    tokens: int
-    loss: float  # nats per token
-    bits_per_byte: float
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
 
 
 def read_results(runs: Path) -> dict[str, dict[str, Any]]:
@@ -174,6 +159,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("splitfl/assets/model"), help="the model folder; replaced")
     parser.add_argument("--windows", type=int, default=100, help="at most so many windows of each split are measured")
     options = parser.parse_args()
+    logging.set_verbosity_error()  # whole books are longer than the context, and meant to be
+    logging.disable_progress_bar()
     publish(options.data, options.runs, options.out, options.windows)
 
 

@@ -16,6 +16,8 @@ WARM_UP = 2  # steps and generations before the clock counts
 CUT_TENSORS_A_STEP = 4  # hidden up and down, gradient up and down
 BATCHES = (1, 4)  # rows that generate together
 PROMPT = 32  # tokens
+START_S = 20.0  # of the processes of a case; like the next three, a guess for the time left
+_FLOPS, _WEIGHT_BYTES_A_SECOND, _TOKEN_OVERHEAD_S = 1e11, 1e10, 5e-3
 
 Work: TypeAlias = Literal["train", "generate"]
 
@@ -46,12 +48,13 @@ class Case:
         """Tokens that one generation writes for each row."""
         return self.length - PROMPT
 
-    @property
-    def cost(self) -> float:
-        """Work of one repetition of both sides, in units that only compare: for the time that is left."""
-        passes = 4 if self.work == "train" else 2
-        overhead = 2e9 * (self.new_tokens if self.work == "generate" else 1)  # what does not shrink with the model
-        return passes * (self.size.parameters * self.rows * self.length + overhead) / min(self.threads, 2)
+    def seconds(self) -> float:
+        """Rough time of one repetition of both sides, only for the time that is left: the proportions count."""
+        threads = min(self.threads, 2)
+        if self.work == "train":  # forward, and backward to the inputs
+            return 2 * 4 * self.size.parameters * self.rows * self.length / (_FLOPS * threads)
+        token = BYTES_PER_ELEMENT[self.dtype] * self.size.parameters / (_WEIGHT_BYTES_A_SECOND * threads)
+        return 2 * self.new_tokens * (token + _TOKEN_OVERHEAD_S)
 
     def bytes_a_step(self) -> int:
         """Cut tensors of one training step, at the wire's dtype: ``4 x rows x length x width x bytes an element``."""
@@ -114,6 +117,7 @@ class Reach:
 
 
 STEP, BYTES, PARTY_MEMORY, RATE = "step time", "bytes a step", "peak memory of the party", "generation rate"
+BUSY = "cores busy elsewhere"
 
 REACHES: dict[str, Reach] = {
     STEP: Reach(bound=1.05, sizes=("M", "L")),

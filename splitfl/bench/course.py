@@ -11,14 +11,14 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from splitfl.bench.cases import WARM_UP, Case
+from splitfl.bench.cases import START_S, WARM_UP, Case
 from splitfl.bench.table import in_words
 from splitfl.metrics import Result
 from splitfl.report import as_duration
 
 
 class Course:
-    """Goes through the cases. The time left is that of the work left, weighed by `Case.cost`, at the speed so far.
+    """Goes through the cases. The time left is guessed (`Case.seconds`), then scaled by how the guess has fared so far.
 
     Args:
         cases: those that will be measured.
@@ -28,15 +28,13 @@ class Course:
     def __init__(self, cases: Sequence[Case], steps: int) -> None:
         self._repetitions = WARM_UP + steps
         self._number, self._count = 0, len(cases)
-        self._total = sum(case.cost for case in cases) * self._repetitions
-        self._worked, self._cost = 0.0, 0.0
+        self._total = sum(START_S + case.seconds() * self._repetitions for case in cases)
+        self._worked, self._each = 0.0, 0.0
         self._name = ""
         self._started = time.monotonic()
         self.console = Console(file=sys.stderr, stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeElapsedColumn(),
-            console=self.console, transient=True,
-        )  # fmt: skip
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[facts]}"))
+        self._bar = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -53,19 +51,24 @@ class Course:
     def begin(self, case: Case) -> None:
         """A case starts: its processes load."""
         self._number += 1
-        self._name, self._cost, self._repetition = case.name, case.cost, 0
+        self._name, self._each = case.name, case.seconds()
         if self._task is None:
-            self._print(f"[{self._number}/{self._count}] {case.name}  {self._left()}".rstrip())
-        self._update()
+            self._print(f"{self._case()}  {self._left()}".rstrip())
+        self._update("loading the models")
+
+    def loaded(self) -> None:
+        """The processes of the case are ready."""
+        self._worked += START_S
+        self._update(self._left())
 
     def advance(self) -> None:
         """One repetition of both sides is done."""
-        self._worked += self._cost
-        self._update()
+        self._worked += self._each
+        self._update(self._left())
 
     def end(self, results: Sequence[Result]) -> None:
         """A case is done."""
-        self._print(f"[{self._number}/{self._count}] {self._name}: {in_words(results)}")
+        self._print(f"{self._case()}: {in_words(results)}")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -77,10 +80,12 @@ class Course:
         spent = time.monotonic() - self._started
         return f"about {as_duration(spent * (self._total / self._worked - 1))} left"
 
-    def _update(self) -> None:
+    def _case(self) -> str:
+        return f"[{self._number}/{self._count}] {self._name}"
+
+    def _update(self, facts: str) -> None:
         if self._task is not None:
-            name = f"[{self._number}/{self._count}] {self._name}"
-            self._bar.update(self._task, completed=self._worked, description=name, facts=self._left())
+            self._bar.update(self._task, completed=self._worked, description=self._case(), facts=facts)
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -46,7 +46,7 @@ class Figures:
         middle = statistics.median(cut for _, cut in pairs)
         self.add(metric, middle, unit, statistics.median(whole for whole, _ in pairs), statistics.median(ratios))
         low, high = quarters(ratios)
-        self.add(f"{metric}, middle half of the ratios", f"{low:.3f} to {high:.3f}", "")
+        self.add("middle half of the ratios", f"{low:.3f}-{high:.3f}", "ratio")
 
 
 def quarters(values: Sequence[float]) -> tuple[float, float]:

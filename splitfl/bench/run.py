@@ -76,6 +76,7 @@ def _measure(
 ) -> list[Result]:
     files = prepare(case.size, case.dtype, folder, work)
     with open_sides(case, files, work / "keys", work) as sides:
+        course.loaded()
         try:
             return measure(case, sides, settings.steps, work, course.advance)
         except Disagreement as found:

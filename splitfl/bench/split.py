@@ -19,7 +19,7 @@ import numpy as np
 
 import splitfl
 from splitfl.bench.agreement import SameText, compare_losses, compare_texts
-from splitfl.bench.cases import BYTES, PARTY_MEMORY, PROMPT, RATE, STEP, WARM_UP, Case
+from splitfl.bench.cases import BUSY, BYTES, PARTY_MEMORY, PROMPT, RATE, STEP, WARM_UP, Case
 from splitfl.bench.children import Child, Owner, run_to_end
 from splitfl.bench.figures import Elsewhere, Figures, loopback_bytes
 from splitfl.bench.orders import Generate, Generated, Held, MonolithStart, PartyStart, Peak, Ready, Step, Stepped
@@ -158,11 +158,11 @@ def _measure_training(case: Case, sides: Sides, steps: int, done: Callable[[], N
     figures.add(BYTES, statistics.median(cut.sent + cut.received for _, cut in counted), "bytes", case.bytes_a_step())
     if any(loopback):
         moved = statistics.median(loopback[WARM_UP:])
-        figures.add("bytes a step on the loopback interface", moved, "bytes", case.bytes_a_step())
+        figures.add("on the loopback interface", moved, "bytes", case.bytes_a_step())
     figures.add(PARTY_MEMORY, party_held, "bytes", whole_held)
     figures.add("peak memory of the owner", sides.owner.peak_rss(), "bytes", whole_held)
-    figures.add("largest loss difference, relative", difference, "")
-    figures.add("cores busy elsewhere", busy, "cores")
+    figures.add("loss difference, relative", difference, "")
+    figures.add(BUSY, busy, "cores")
     return figures.results
 
 
@@ -181,8 +181,8 @@ def _measure_generation(case: Case, sides: Sides, steps: int, folder: Path, done
     moved = statistics.median(cut.sent + cut.received for _, cut in counted)
     figures.add("bytes a generation", moved, "bytes", case.bytes_a_generation())
     figures.add("equal tokens", same.equal, "tokens", same.total)
-    figures.add("largest logit difference", same.logit_difference, "standard deviations")
-    figures.add("cores busy elsewhere", busy, "cores")
+    figures.add("logit difference", same.logit_difference, "std")
+    figures.add(BUSY, busy, "cores")
     return figures.results
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +56,14 @@ class Pair:
     party: PeftModel
 
 
-def make_pair(model_dir: Path, cut: tuple[int, int], task: Task = "causal-lm", *, recompute: bool = False) -> Pair:
+def make_pair(
+    model_dir: Path,
+    cut: tuple[int, int],
+    task: Task = "causal-lm",
+    *,
+    recompute: bool = False,
+    targets: tuple[str, ...] = ("all-linear",),
+) -> Pair:
     """Cut the checkpoint in `model_dir` through a real kit and put the same random adapter on both models."""
     with tempfile.TemporaryDirectory() as folder, quiet_library():
         kit_dir = Path(folder) / "kit"
@@ -64,7 +73,7 @@ def make_pair(model_dir: Path, cut: tuple[int, int], task: Task = "causal-lm", *
         trunk = Trunk(load_trunk_side(model_dir, plan, dtype=torch.float32), plan)
         party_base = open_kit(kit_dir).load()
     put_remote_trunk(party_base, plan, LocalLink(trunk, recompute=recompute))
-    config = lora_config(party_base, plan, r=4, lora_alpha=8, target_modules=["all-linear"])
+    config = lora_config(party_base, plan, r=4, lora_alpha=8, target_modules=list(targets))
     whole_config = copy.deepcopy(config)
     party = add_lora(party_base, config)
     whole = get_peft_model(full, whole_config)
@@ -73,6 +82,10 @@ def make_pair(model_dir: Path, cut: tuple[int, int], task: Task = "causal-lm", *
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.05)
     whole.load_state_dict(party.state_dict(), strict=False)
+    # PEFT rewrites some names to fused experts, of every layer: those in the trunk add nothing and are not tuned.
+    held = {name for name, _ in party.named_parameters()}
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in held)
     return Pair(plan=plan, full=whole, party=party)
 
 
@@ -121,14 +134,19 @@ def compare_training(pair: Pair, result: Difference) -> None:
         assert pair.plan.bottom == 0 or any(grad.any() for name, grad in grads_b.items() if ".0." in name), (
             "no gradient"
         )
-        result.loss = max(result.loss, abs(loss_a - loss_b))
-        result.logits = max(result.logits, _largest({"": logits_a}, {"": logits_b}))
-        result.gradient = max(result.gradient, _largest(grads_a, grads_b))
-        result.stepped = max(result.stepped, _largest(step_a, step_b))
+        result.loss = _larger(result.loss, abs(loss_a - loss_b))
+        result.logits = _larger(result.logits, _largest({"": logits_a}, {"": logits_b}))
+        result.gradient = _larger(result.gradient, _largest(grads_a, grads_b))
+        result.stepped = _larger(result.stepped, _largest(step_a, step_b))
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger of two; infinite if one is not a number, which `max` would overlook."""
+    return math.inf if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
 def _largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+    return functools.reduce(_larger, ((one[name] - other[name]).abs().max().item() for name in one))
 
 
 def generate(model: PeftModel, batch: dict[str, torch.Tensor], **options: object) -> torch.Tensor:
@@ -145,13 +163,14 @@ def generate(model: PeftModel, batch: dict[str, torch.Tensor], **options: object
     return tokens[:, batch["input_ids"].shape[1] :]
 
 
-def compare_generation(pair: Pair, result: Difference) -> None:
+def compare_generation(pair: Pair, result: Difference, new_tokens: int = NEW_TOKENS) -> None:
     """Greedy and beam search with a cache, without and with left padding, past any sliding window."""
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     for padding in ("none", "left"):
         batch = make_batch(padding, pair.plan.task)
         for method, options in (("greedy", {}), ("beams", {"num_beams": 3, "num_return_sequences": 2})):
-            whole, split = (generate(model, batch, **options) for model in (pair.full, pair.party))
-            assert whole.shape[1] == NEW_TOKENS
+            whole, split = (generate(model, batch, **length, **options) for model in (pair.full, pair.party))
+            assert whole.shape[1] == new_tokens
             result.tokens_equal[f"{method}, {padding} padding"] = torch.equal(whole, split)
 
 

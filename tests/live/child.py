@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import pytest
+
+from splitfl.cli import app
+from splitfl.options import run_app
+
 PATIENCE_S = 120.0
 """Longest wait for anything: far above what it takes, for machines with much else to do."""
 
@@ -111,8 +116,15 @@ def child(words: Sequence[str | Path], folder: Path) -> Iterator[Child]:
 
 
 def splitfl(*words: str | Path, folder: Path, code: int = 0) -> Child:
-    """Run ``splitfl WORDS`` to its end, which must have this exit code."""
+    """Run ``splitfl WORDS`` to its end in a process of its own; it must end with this exit code."""
     with child(["-m", "splitfl", *words], folder) as running:
         came = running.wait()
     assert came == code, f"exit code {came}, not {code}:\n{running.stderr.text}\n{running.stdout.text}"
     return running
+
+
+def splitfl_here(*words: str | Path, code: int = 0) -> None:
+    """The same in this process, without the seconds that a new one takes to load everything."""
+    with pytest.raises(SystemExit) as stop:
+        run_app(app, [str(word) for word in words])
+    assert stop.value.code == code

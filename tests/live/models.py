@@ -31,12 +31,14 @@ class Rows:
 
 
 def save_tiny(family: str, folder: Path) -> Path:
-    """A tiny checkpoint of `family` with a byte-level tokenizer of its own."""
+    """A tiny checkpoint of `family` with a byte-level tokenizer of its own; an encoder comes without a head."""
     tokenizer = bpe()
     config = make_config(family)
     config.vocab_size = len(tokenizer)
-    make_model(config, encoder=family in ENCODERS).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model = make_model(config, encoder=family in ENCODERS)
+    with quiet_library():
+        (model.base_model if family in ENCODERS else model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -85,3 +87,8 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
     """Rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of JSON Lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

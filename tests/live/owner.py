@@ -65,7 +65,11 @@ def serve(
         security = ["--key", keys / "owner.key_secret", "--parties", keys / "parties"]
     what: list[str | Path] = ["--model", model_dir, "--kit", kit_dir, "--bind", "tcp://127.0.0.1:0"]
     with child(["-m", "splitfl", "serve", *what, *security, *options], folder) as running:
-        _, address, _ = running.stdout.wait_for("ready ").split()
+        try:
+            _, address, _ = running.stdout.wait_for("ready ").split()
+        except AssertionError:
+            running.end()
+            raise AssertionError(f"the owner did not get ready:\n{running.stderr.text}") from None
         yield Owner(address=address, model_dir=model_dir, kit_dir=kit_dir, keys=keys, running=running)
         assert running.end() == 0, running.stderr.text
 

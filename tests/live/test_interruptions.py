@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
 import torch
 
 from splitfl.errors import INTERRUPTED_EXIT_CODE
-from tests.live.child import child, splitfl
+from tests.live.child import child, splitfl_here
 from tests.live.relay import relay
 from tests.live.runs import SAVE_EVERY, STEPS, adapter_in, checkpoints, events
 
@@ -41,7 +40,7 @@ def assert_same_adapter(run, finished):
 
 
 def test_a_killed_run_resumes_to_the_same_adapter(owner, tune_config, finished, share, tmp_path):
-    with relay(owner.address, hold_at=share(0.75)) as held, start(owner, tune_config, tmp_path, held.address) as party:
+    with relay(owner.address, hold_at=share(0.85)) as held, start(owner, tune_config, tmp_path, held.address) as party:
         held.wait_until_holding()
         assert party.process.poll() is None
         party.process.send_signal(signal.SIGKILL)
@@ -51,7 +50,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(owner, tune_config, finished, 
     last = int(checkpoints(run)[-1].rpartition("-")[2])
     assert SAVE_EVERY <= last < STEPS
     assert events(run, "train")[-1]["step"] > last, "nothing was lost: the kill came right after a checkpoint"
-    splitfl("tune", *owner.link(), "--config", tune_config, "--out", "run", "--resume", folder=tmp_path)
+    splitfl_here("tune", *owner.link(), "--config", tune_config, "--out", run, "--resume")
     assert events(run, "start")[-1]["resumed_from"] == f"checkpoint-{last}"
     assert_same_adapter(run, finished)
 
@@ -72,11 +71,16 @@ def test_ctrl_c_keeps_a_checkpoint_and_closes_the_session(owner, tune_config, fi
     assert checkpoints(run)[-1] == f"checkpoint-{step}"
     assert not (run / "adapter").exists()
     owner.running.stderr.wait_for("session closed", count=closed + 1)
-    splitfl("tune", *owner.link(), "--config", tune_config, "--out", "run", "--resume", folder=tmp_path)
+    splitfl_here("tune", *owner.link(), "--config", tune_config, "--out", run, "--resume")
     assert_same_adapter(run, finished)
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(owner, tune_config, finished, tmp_path):
-    refused = splitfl("tune", *owner.link(), "--config", tune_config, "--out", finished, folder=tmp_path, code=2)
-    assert "already holds a run" in refused.stderr.text
-    assert os.listdir(tmp_path) == []
+def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(owner, tune_config, finished, tmp_path, capsys):
+    words = ["tune", *owner.link(), "--config", tune_config]
+    before = (finished / "run.jsonl").read_bytes()
+    splitfl_here(*words, "--out", finished, code=2)
+    assert "already holds a run" in capsys.readouterr().err
+    splitfl_here(*words, "--out", tmp_path / "none", "--resume", code=2)
+    assert "holds no run to resume" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert (finished / "run.jsonl").read_bytes() == before

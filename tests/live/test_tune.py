@@ -13,7 +13,7 @@ import splitfl
 from protocols import SPLIT
 from splitfl.config import TuneSettings
 from splitfl.options import read_config
-from tests.live.child import splitfl as command
+from tests.live.child import splitfl_here
 from tests.live.models import tokenizer_of, whole_model
 from tests.live.runs import STEPS, checkpoints, events, loss_row_by_row
 
@@ -89,7 +89,7 @@ def test_the_figures_of_a_run(finished):
 
 @pytest.mark.slow
 def test_evaluate_agrees_with_the_whole_model(owner, rows, finished, tuned, tmp_path):
-    command("evaluate", "--run", finished, "--eval", rows.held_out, "--json", "out.json", folder=tmp_path)
+    splitfl_here("evaluate", "--run", finished, "--eval", rows.held_out, "--json", tmp_path / "out.json")
     found = figures(tmp_path / "out.json", "evaluate")
     expected = loss_row_by_row(tuned, owner.kit_dir, rows.held_out)
     assert found["loss"]["value"] == pytest.approx(expected, abs=1e-5)
@@ -99,12 +99,11 @@ def test_evaluate_agrees_with_the_whole_model(owner, rows, finished, tuned, tmp_
 
 
 @pytest.mark.slow
-def test_generate_writes_what_the_whole_model_would(owner, finished, tuned, tmp_path):
+def test_generate_writes_what_the_whole_model_would(owner, finished, tuned, tmp_path, capsys):
     prompt = "Agnes sang,"
-    run = command(
-        "generate", "--run", finished, "--prompt", prompt, "--max-new-tokens", "16", "--json", "out.json",
-        folder=tmp_path,
-    )  # fmt: skip
+    words = ("--prompt", prompt, "--max-new-tokens", "16", "--json", tmp_path / "out.json")
+    splitfl_here("generate", "--run", finished, *words)
+    printed = capsys.readouterr().out
     tokenizer = tokenizer_of(owner.kit_dir)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     expected = tuned.generate(
@@ -113,5 +112,5 @@ def test_generate_writes_what_the_whole_model_would(owner, finished, tuned, tmp_
     )[0, ids.shape[1] :]  # fmt: skip
     found = figures(tmp_path / "out.json", "generate")
     assert found["text"]["value"] == tokenizer.decode(expected, skip_special_tokens=True)
-    assert found["text"]["value"] in run.stdout.text + "\n"
+    assert printed == found["text"]["value"] + "\n"
     assert found["new tokens"]["value"] == len(expected)

@@ -1,0 +1,38 @@
+"""Refusals that come up in more than one place of the server."""
+
+from __future__ import annotations
+
+from splitfl.wire.frames import Violation
+
+
+class Refusal(Violation):
+    """The owner cannot do what was asked, though it was well formed."""
+
+
+def revoked() -> Refusal:
+    """The sender's key is not admitted (any more)."""
+    return Refusal(
+        "This key is not on the owner's allow-list.", code="revoked", hint="ask the owner to run `splitfl keys allow`"
+    )
+
+
+def draining() -> Refusal:
+    """The owner stops."""
+    return Refusal(
+        "The owner is shutting down.", code="draining", hint="start again with --resume once the owner is back"
+    )
+
+
+def internal() -> Refusal:
+    """A bug here, or a fault of the machine."""
+    return Refusal("The owner met an error of its own.", code="internal", hint="ask the owner to look at its log")
+
+
+def too_much_waits() -> Refusal:
+    """The queue of requests is full."""
+    return Refusal("Too many requests wait for the owner.", code="busy", hint="wait for answers before asking again")
+
+
+def ended() -> Refusal:
+    """The session was closed while its request waited."""
+    return Refusal("The session has ended.", code="unknown_session", hint="say hello again")
