@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -32,15 +32,24 @@ from splitfl.wire.messages import WIRE_VERSION
 Task = Literal["causal-lm", "sequence-classification"]
 
 # Arguments by which a layer receives more than hidden state, mask, positions and its own cache slot. What they carry
-# would have to cross the cut too, and a design that sends it has not been worked out: such models are refused.
-_FOREIGN_ARGUMENTS = {
-    "per_layer_input": "it feeds every layer its own embedding of the token ids",
-    "shared_kv_states": "its layers share keys and values across the cut",
-    "cache_params": "its layers are state-space models with a cache of their own",
-    "original_hidden_states": "its layers read the embedding output again, past the cut",
-    "v1": "its layers read values of the first layer, past the cut",
-    "block_states": "its layers read the states of earlier blocks of layers, past the cut",
-    "input_ids": "its layers read the token ids themselves",
+# would have to cross the cut too, and a design that sends it has not been worked out: such models are refused, unless
+# their configuration switches it off. (`splitfl.kit` looks besides for what one layer returns and the next one takes.)
+FOREIGN_ARGUMENTS: dict[str, tuple[str, Callable[[PreTrainedConfig], bool]]] = {
+    "per_layer_input": (
+        "it feeds every layer its own embedding of the token ids",
+        lambda text: getattr(text, "hidden_size_per_layer_input", None) == 0,
+    ),
+    "shared_kv_states": (
+        "its layers share keys and values across the cut",
+        lambda text: getattr(text, "num_kv_shared_layers", None) == 0,
+    ),
+    "prev_topk_indices": (
+        "its layers attend to positions that an earlier layer chose, past the cut",
+        lambda text: set(getattr(text, "indexer_types", None) or ()) == {"full"},
+    ),
+    "cache_params": ("its layers are state-space models with a cache of their own", lambda text: False),
+    "block_states": ("its layers read the states of earlier blocks of layers, past the cut", lambda text: False),
+    "input_ids": ("its layers read the token ids themselves", lambda text: False),
 }
 
 
@@ -113,14 +122,15 @@ def find_stack(base: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(stacks) != 1:
         unlike = " that take `hidden_states`" if len(lists) > len(stacks) else ""
         raise ModelError(
-            f"A {family} model has {len(stacks)} lists of {depth} layers{unlike}; one was looked for.",
+            f"A {family} model has {len(stacks) or 'no'} lists of {depth} layers{unlike}; one was looked for.",
             expected="a model whose layers stand in one list and take `hidden_states`",
         )
     name, layers = stacks[0]
-    for layer in layers:
-        for argument in _FOREIGN_ARGUMENTS.keys() & _parameters(layer):
+    taken = set().union(*map(_parameters, layers))
+    for argument, (reason, is_off) in FOREIGN_ARGUMENTS.items():
+        if argument in taken and not is_off(text):
             raise ModelError(
-                f"A {family} model cannot be cut: {_FOREIGN_ARGUMENTS[argument]} (`{argument}`).",
+                f"A {family} model cannot be cut: {reason} (`{argument}`).",
                 expected="layers that depend on hidden state, mask, positions and their own cache slot alone",
             )
     return name, layers

@@ -9,6 +9,7 @@ splitfl.json                            the plan (`splitfl.cut.Plan`)
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from splitfl.cut import PassThrough, Plan, Task, check_cut, entrance, find_stack, max_length_of, module_at
+from splitfl.cut import FOREIGN_ARGUMENTS, PassThrough, Plan, Task, check_cut, entrance, find_stack, max_length_of, module_at
 from splitfl.errors import ModelError
 from splitfl.load import (
     fingerprint_trunk,
@@ -157,50 +158,92 @@ def _dtype_name(asked: str, config: PreTrainedConfig) -> str:
     return name
 
 
-class _FirstLayerReached(Exception):
-    def __init__(self, output: Any) -> None:
-        self.output = output
+class _Seen(Exception):
+    """Leaves the probe's forward pass: everything was seen."""
+
+
+@dataclass
+class _Probe:
+    """Hooks that note what reaches the entrance, leaves the first layer and reaches the second."""
+
+    mask: Any = None
+    output: Any = None
+    handed_on: tuple[str, ...] = ()
+    """Arguments of the second layer that are results of the first, beside the hidden state."""
+
+    def watch(self, inside: nn.Module, layers: nn.ModuleList) -> None:
+        """Put the hooks in; the pass ends at the second layer, or behind the only one."""
+        entry, second = inspect.signature(inside.forward), inspect.signature(layers[-1].forward)
+
+        def at_entrance(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = entry.bind_partial(*args, **kwargs).arguments
+            self.mask = given.get("attention_mask")
+
+        def behind_first(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.output = output
+            if len(layers) == 1:
+                raise _Seen
+
+        def before_second(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            beside = self.output[1:] if isinstance(self.output, tuple) else ()
+            results = {id(result) for result in beside if result is not None}
+            taken = second.bind_partial(*args, **kwargs).arguments
+            self.handed_on = tuple(name for name, value in taken.items() if id(value) in results)
+            raise _Seen
+
+        inside.register_forward_pre_hook(at_entrance, with_kwargs=True)
+        layers[0].register_forward_hook(behind_first)
+        for layer in layers[1:2]:
+            layer.register_forward_pre_hook(before_second, with_kwargs=True)
 
 
 def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int, bool]:
     """Width of the hidden state, and whether a layer returns a tuple: run the first layer of the class and look.
 
     Runs on a skeleton whose parameters are zeros and whose other layers are gone, so no checkpoint is touched.
+
+    Raises:
+        ModelError: the layers take or pass on more than a mask, positions and one hidden state.
     """
+    family = config.model_type
     with init_empty_weights(include_buffers=False), quiet_library():
         model = model_class(config, task)(copy.deepcopy(config)).eval()
     layers = module_at(model.base_model, stack)
-    for index in range(1, len(layers)):
+    probe = _Probe()
+    probe.watch(entrance(model.base_model, stack), layers)
+    for index in range(2, len(layers)):
         layers[index] = PassThrough(layers[index], index, returns_tuple=False)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
-
-    def look(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise _FirstLayerReached(output)
-
-    handle = layers[0].register_forward_hook(look)
-    output = None
     try:
         with torch.no_grad():
-            model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=False)
-    except _FirstLayerReached as found:
-        output = found.output
+            ids = torch.ones(1, 4, dtype=torch.long)
+            model(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1]]), use_cache=False)
+    except _Seen:
+        pass
     except Exception as error:
         raise ModelError(
-            f"A {config.model_type} model cannot be run on token ids alone: {error}",
+            f"A {family} model cannot be run on token ids alone: {error}",
             expected="a language model of text that needs nothing but token ids and a mask",
         ) from error
-    finally:
-        handle.remove()
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[:2] != (1, 4):
-        shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+    hidden = probe.output[0] if isinstance(probe.output, tuple) else probe.output
+    if not isinstance(probe.mask, torch.Tensor) or probe.mask.ndim != 2:
         raise ModelError(
-            f"The layers of a {config.model_type} model pass on {shape} for 1 row of 4 positions, not one hidden state.",
+            f"The attention mask of a {family} model is made outside the module around its layers.",
+            expected="a model whose masks follow from a mask of the tokens: [rows, positions]",
+        )
+    if hidden.ndim != 3 or hidden.shape[:2] != (1, 4):
+        raise ModelError(
+            f"The layers of a {family} model pass on {list(hidden.shape)} for 1 row of 4 positions, not one hidden state.",
             expected="one vector a position: [rows, positions, width]",
         )
-    return hidden.shape[-1], isinstance(output, tuple)
+    for name in set(probe.handed_on) - FOREIGN_ARGUMENTS.keys():
+        raise ModelError(
+            f"The layers of a {family} model hand on `{name}` besides the hidden state, past the cut.",
+            expected="layers that depend on hidden state, mask, positions and their own cache slot alone",
+        )
+    return hidden.shape[-1], isinstance(probe.output, tuple)
 
 
 def write_kit(

@@ -207,8 +207,19 @@ def checkpoint_files(model_dir: Path) -> list[Path]:
 
 def is_trunk_tensor(name: str, plan: Plan) -> bool:
     """Whether a checkpoint tensor of this name belongs to a trunk layer of `plan`."""
-    found = re.search(rf"(?:^|\.){re.escape(plan.stack)}\.(\d+)\.", name)
-    return found is not None and int(found[1]) in plan.trunk_layers
+    found = _layer_in(name, plan)
+    return found is not None and int(found[2]) in plan.trunk_layers
+
+
+def _layer_in(name: str, plan: Plan) -> re.Match[str] | None:
+    """The part of a tensor's name from the number of its layer on; None if it is in no layer of the stack.
+
+    The stack stands at the root of a base model's checkpoint, else below the base model's name; a language model
+    inside a larger one may have its own ``model.`` in front of its layers. Layers deeper down that are called the same
+    belong to something else (an image encoder).
+    """
+    stack = r"\.(?:model\.)?".join(map(re.escape, plan.stack.split(".")))
+    return re.match(rf"(?:\w+\.)?{stack}\.((\d+)\..+)", name)
 
 
 def tensor_names(model_dir: Path) -> dict[str, Path]:
@@ -231,21 +242,26 @@ def fingerprint_trunk(model_dir: Path, plan: Plan) -> str:
     """
     names = [(name, file) for name, file in sorted(tensor_names(model_dir).items()) if is_trunk_tensor(name, plan)]
     if not names:
-        raise ModelError(f"{model_dir} holds no tensor of layers {plan.trunk_layers.start} and up.")
+        raise ModelError(
+            f"{model_dir} holds no tensor named {plan.stack}.{plan.trunk_layers.start} and so on: "
+            "it names its tensors otherwise than the model its modules.",
+            hint="save the language model inside it alone with `save_pretrained`",
+        )
     with ThreadPoolExecutor(max_workers=4) as pool:
-        tensors = list(pool.map(lambda entry: _hash_tensor(entry[0], entry[1], plan.stack), names))
+        tensors = list(pool.map(lambda entry: _hash_tensor(entry[0], entry[1], plan), names))
     settings = {k: v for k, v in load_config(model_dir).to_dict().items() if k not in _NOT_FINGERPRINTED}
     # Sorted by the layer-relative name: how a checkpoint is prefixed or sharded does not change what it computes.
     summary = json.dumps([sorted(tensors), settings, [*plan.trunk_layers]], sort_keys=True, default=str)
     return hashlib.blake2b(summary.encode(), digest_size=16).hexdigest()
 
 
-def _hash_tensor(name: str, file: Path, stack: str) -> tuple[str, str, list[int], str]:
+def _hash_tensor(name: str, file: Path, plan: Plan) -> tuple[str, str, list[int], str]:
     with safe_open(file, framework="pt") as tensors:
         tensor = tensors.get_tensor(name)
     raw = tensor.reshape(-1).view(torch.uint8).numpy()
-    relative = name[name.index(stack + ".") :]
-    return relative, str(tensor.dtype), list(tensor.shape), hashlib.blake2b(raw, digest_size=16).hexdigest()
+    found = _layer_in(name, plan)
+    assert found is not None  # noqa: S101  chosen by `is_trunk_tensor`
+    return found[1], str(tensor.dtype), list(tensor.shape), hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
 def parameter_count(model: nn.Module) -> int:

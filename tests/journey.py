@@ -99,6 +99,9 @@ def measure(folder: Path) -> Figures:
             figures |= _training_step(kit, session, tap)
             figures |= _generation(kit, session, tap)
             figures |= _on_tcp(session, tap, road)
+        rows, positions, _ = figures["first request"]["hidden"]
+        held = rows * (positions + figures["requests of the generation"] - 1)
+        figures["bytes of the cache at the owner"] = held * figures["bytes of a cache for one position"]
         with closing(_session(folder, kit, address, tap, wire_dtype="bfloat16")) as session:
             session.forward(TrunkRequest(hidden=torch.zeros(figures["shape at the cut"])))
             figures["bytes at the cut, bfloat16 on the wire"] = tap.of("forward")[-1].sizes[1]
@@ -172,6 +175,7 @@ def _training_step(kit: Kit, session: Session, tap: Tap) -> Figures:
         "lengths of the rows": lengths,
         "shape of the batch": tuple(batch["input_ids"].shape),
         "bytes of the token ids": batch["input_ids"].nbytes,
+        "positions of the batch": batch["input_ids"].numel(),
         "tokens that are no padding": int(batch["attention_mask"].sum()),
         "positions that are padding": int((batch["attention_mask"] == 0).sum()),
         "labels that count": int((batch["labels"][:, 1:] != -100).sum()),

@@ -7,18 +7,21 @@ A generated part stands between ``<!-- begin: NAME -->`` and ``<!-- end: NAME --
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from model_owner import admission, sessions
+from model_owner import admission, memory, serve, sessions
 from party import session as party_session
 from splitfl import errors
 from splitfl.config import ServeSettings, TuneSettings
 from splitfl.options import fields_of
 from splitfl.wire import channel, frames, messages, steps
 from splitfl.wire.session import TABLE, State
+from tests.journey import Figures, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -29,6 +32,26 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     titles = list(head)
     lines = [titles, ["---"] * len(titles), *map(list, rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# ---- docs/journey.md
+
+
+@functools.cache
+def journey() -> Figures:
+    """The figures of the journey, measured; a minute or so."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(Path(folder))
+
+
+def header(figures: Figures) -> str:
+    """The header of a forward, as JSON."""
+    return f"```json\n{figures['header of the forward']}\n```"
+
+
+def retry(figures: Figures) -> str:
+    """What crossed in a retry; arrows as the party sees them."""
+    return "\n".join(["```", *figures["messages of the retry"], "```"])
 
 
 # ---- docs/wire.md
@@ -87,9 +110,8 @@ def _unwrapped(text: str | None) -> str:
 
 def limits() -> str:
     """Numbers that bound what a peer may send, hold or make the other side wait for."""
-    serve = {f.name: f.default for f in fields_of(ServeSettings)}
+    hosting = {f.name: f.default for f in fields_of(ServeSettings)}
     tune = {f.name: f.default for f in fields_of(TuneSettings)}
-    owner = admission.ServerLimits.__dataclass_fields__
     rows = [
         ("frames of one message", f"1 to {1 + frames.MAX_TENSORS}", "both sides"),
         ("header", f"{frames.MAX_HEADER_BYTES:,} bytes", "both sides"),
@@ -99,13 +121,16 @@ def limits() -> str:
         ("steps that await their backward in one session", f"{steps.MAX_OPEN}", "both sides"),
         ("answered requests remembered, to know a repeated answer", f"{steps.MAX_ANSWERED:,}", "both sides"),
         ("messages queued in one direction of one link", f"{channel.QUEUE}", "both sides"),
-        ("rows x positions of one request", f"{serve['max_tokens']:,} (`--max-tokens`)", "owner, in its welcome"),
+        ("rows x positions of one request", f"{hosting['max_tokens']:,} (`--max-tokens`)", "owner, in its welcome"),
         ("the same, whatever the welcome says", f"{party_session.LARGEST_BATCH_TOKENS:,}", "party"),
-        ("sessions at one time", f"{serve['max_sessions']} (`--max-sessions`)", "owner"),
-        ("sessions of one party at one time", f"{owner['max_sessions_per_party'].default}", "owner"),
-        ("requests waiting for a worker", f"{owner['max_waiting_bytes'].default:,} bytes", "owner"),
+        ("sessions at one time", f"{hosting['max_sessions']} (`--max-sessions`)", "owner"),
+        ("sessions of one party", f"{serve._SESSIONS_PER_PARTY}, and fewer than all of them", "owner"),
+        ("silence after which a party's next session may replace one", f"{admission._FORGOTTEN_S:g} s", "owner"),
+        ("kept steps and caches of all parties", f"{hosting['memory_budget']} (`--memory-budget`)", "owner"),
+        ("kept steps and caches of one party", f"{memory.GREED} times what it leaves free of that", "owner"),
+        ("requests that wait for a worker", "as many bytes as `--memory-budget`", "owner"),
         ("replies remembered in one session", f"{sessions._REPLIES_REMEMBERED}", "owner"),
-        ("silence after which a session and what it holds end", f"{serve['lease']:g} s (`--lease`)", "owner"),
+        ("silence after which a session and what it holds end", f"{hosting['lease']:g} s (`--lease`)", "owner"),
         ("wait for one answer", f"{tune['timeout']:g} s (`--timeout`)", "party"),
         ("silence after which a request is sent again", f"{party_session._RESEND_AFTER_S:g} s", "party"),
         ("CURVE handshake", f"{channel._HANDSHAKE_MS / 1000:g} s", "both sides"),
@@ -143,6 +168,7 @@ def _first_line(cls: type) -> str:
 # ---- in place
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "journey.md": {"header": lambda: header(journey()), "retry": lambda: retry(journey())},
     "wire.md": {"states": states, "messages": message_fields, "limits": limits, "refusals": refusals},
     "reliability.md": {"exit codes": exit_codes},
 }

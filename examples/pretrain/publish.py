@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from card import HeldOut, draw_losses, write_card
 from corpus import Source, Tokens, Windows, encode, load_split, read_sources
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 from vocabulary import load_tokenizer
 
@@ -119,6 +119,7 @@ def store(folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, 
     """Weights, config and tokenizer as `from_pretrained` expects them, in one safetensors file."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     model.config.use_cache, model.config.attention_dropout = True, 0.0
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -144,6 +145,8 @@ def publish(data: Path, runs: Path, out: Path, most: int) -> None:
         samples = write_samples(model, tokenizer)
         names = {"parameters": model.num_parameters(), "dtype": str(dtype).removeprefix("torch.")}
         write_card(written, results, best, figures, losses, samples, **names)
+        for path in written.iterdir():
+            path.chmod(0o644)  # safetensors writes for its owner only; a package is read by everybody
         shutil.rmtree(out, ignore_errors=True)
         os.replace(written, out)
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 # dtype of the computation -> largest difference of a loss relative to it, and of a logit in standard deviations.
-LOSS_BOUND = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
+LOSS_BOUND = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
 LOGIT_BOUND = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 Tokens = Sequence[Sequence[int]]

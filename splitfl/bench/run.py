@@ -8,16 +8,16 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from splitfl import __version__
 from splitfl.bench.agreement import Disagreement
-from splitfl.bench.cases import RATE, STEP, Case, plan_cases
+from splitfl.bench.cases import Case, plan_cases
 from splitfl.bench.course import Course
 from splitfl.bench.split import measure, open_sides, prepare, prepare_keys
-from splitfl.bench.table import print_table
+from splitfl.bench.table import by_case, has_speed, print_table
 from splitfl.config import BenchSettings
 from splitfl.errors import DataError, InternalError, UsageError, nearest, printable
 from splitfl.metrics import Result, machine, write_results
@@ -47,45 +47,42 @@ def bench_split(settings: BenchSettings) -> None:
     results = earlier_results(settings) if settings.resume else []
     measured = {result.case for result in results}
     left = [case for case in cases if case.name not in measured]
-    differing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="splitfl-bench-") as temporary, Course(left, settings.steps) as course:
         work = Path(temporary)
-        folder = settings.cache.resolve() if settings.cache is not None else work
         prepare_keys(work / "keys")
         try:
             for case in left:
                 course.begin(case)
-                found = _measure(case, settings, folder, work, course, differing)
+                found = _measure(case, settings, work, course)
                 results += found
-                course.end(found)
                 if settings.json is not None:
                     write_results(settings.json, "bench", settings, results)
+                course.end(found)
         finally:
             course.close()
             print_table(results)
-    if differing:
-        raise InternalError(
-            f"Split and monolith did not compute the same in {len(differing)} of {len(cases)} cases; no speed of those "
-            f"is given: {'; '.join(differing)}.",
-            hint="`splitfl kit` with --verify compares the two layer by layer; please report it",
-        )
+    _refuse_differing(results)
 
 
-def _measure(
-    case: Case, settings: BenchSettings, folder: Path, work: Path, course: Course, differing: list[str]
-) -> list[Result]:
+def _measure(case: Case, settings: BenchSettings, work: Path, course: Course) -> list[Result]:
+    """The figures of a case; where the two sides did not compute the same, only the one that shows it."""
+    folder = settings.cache.resolve() if settings.cache is not None else work
     files = prepare(case.size, case.dtype, folder, work)
     with open_sides(case, files, work / "keys", work) as sides:
         course.loaded()
         try:
             return measure(case, sides, settings.steps, work, course.advance)
         except Disagreement as found:
-            differing.append(f"{case.name} ({found})")
-            return [
-                Result(
-                    case=case.name, metric=found.metric, value=found.value, unit="no speed: sides differ", reach=None
-                )
-            ]
+            return [Result(case=case.name, metric=found.metric, value=found.value, unit="", reference=found.bound)]
+
+
+def _refuse_differing(results: list[Result]) -> None:
+    differing = [f"{case} ({group[0].metric})" for case, group in by_case(results) if not has_speed(group)]
+    if differing:
+        raise InternalError(
+            f"Split and monolith did not compute the same, so these have no speed: {'; '.join(differing)}.",
+            hint="`splitfl kit` with --verify compares the two; if it finds nothing, please report it",
+        )
 
 
 def earlier_results(settings: BenchSettings) -> list[Result]:
@@ -105,23 +102,20 @@ def earlier_results(settings: BenchSettings) -> list[Result]:
         before = (record["command"], record["version"], record["machine"], record["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{settings.json} is not a file of figures ({type(error).__name__}).") from error
-    now = json.loads(json.dumps({name: getattr(settings, name) for name in _SAME_FIGURES}))
-    same_settings = {name: before[3].get(name) for name in _SAME_FIGURES} == now
+    same_settings = all(before[3].get(name) == getattr(settings, name) for name in _SAME_FIGURES)
     if before[:3] != ("bench", __version__, machine()) or not same_settings:
         raise UsageError(
             f"The figures in {settings.json} are of other settings, another machine or another version.",
             hint="leave --resume out to measure everything anew, or name another --json file",
         )
-    complete = {result.case for result in results if result.metric in (STEP, RATE)}
-    return [result for result in results if result.case in complete]
+    return [result for _, group in by_case(results) if has_speed(group) for result in group]
 
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
     """Inside the block SIGTERM is like Ctrl-C: children are ended, what was measured is kept."""
     if threading.current_thread() is not threading.main_thread():
-        with nullcontext():
-            yield
+        yield  # signals can only be handled in the main thread
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -46,6 +46,11 @@ def by_case(results: Iterable[Result]) -> list[tuple[str, list[Result]]]:
     return [(case, list(group)) for case, group in groupby(results, key=lambda result: result.case)]
 
 
+def has_speed(group: Iterable[Result]) -> bool:
+    """Whether the figures of a case hold the speed that it is about."""
+    return any(result.metric in (STEP, RATE) for result in group)
+
+
 def row(result: Result) -> tuple[str, ...]:
     """The cells of one figure, in the order of `COLUMNS`."""
     reach = NO_VALUE

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -27,17 +27,24 @@ from tests.families import VOCAB, make_model
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-6
-LAYERS = 6
+LAYERS = 4
+MIXED_LAYERS = 6
+"""Where the kind of layer changes along the stack."""
 LARGEST_TINY = 5_000_000
 """Parameters of a model that still counts as tiny."""
+
+_DEPTHS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "encoder_layers",
+    "num_encoder_layers", "num_blocks",
+)  # fmt: skip
+_MIXED = {"layer_types", "mlp_layer_types", "layers_block_type", "attention_types", "sliding_window_pattern"}
 
 # A size for each field that some family's configuration has; a family is given those that it knows.
 _SIZES = {
     "vocab_size vocab_size_per_layer_input unpadded_vocab_size": VOCAB,
-    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers num_encoder_layers "
-    "num_blocks num_layers_per_stack": LAYERS,
+    " ".join(_DEPTHS): LAYERS,
     "hidden_size d_model n_embd emb_dim dim embedding_dim embedding_size input_embedding_size output_embedding_size "
-    "word_embed_proj_dim lru_width attention_hidden_size pronunciation_embed_dim shape_embed_dim backbone_hidden_size "
+    "word_embed_proj_dim lru_width attention_hidden_size pronunciation_embed_dim shape_embed_dim backbone_hidden_size adapter_input_size "
     "encoder_hash_byte_group_vocab": 32,
     "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
     "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads "
@@ -69,21 +76,37 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TINY = {name: size for names, size in _SIZES.items() for name in names.split()}
 
 # What a family needs besides: where its default pattern would leave a kind of layer out of six, or sizes depend on
 # each other. `None` for a size means the library's own.
 _OVERRIDES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [2, 5]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 48}},
+    "bamba": {"num_hidden_layers": 6, "attn_layer_indices": [2, 5]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3,
+                            "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _ROPE)},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+             "ffn_config": {"ffn_hidden_size": 48}},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+                        "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
     "gemma3n_text": {"num_kv_shared_layers": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba", "attention", "mamba"]},
+    "jamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention",
+                                         "full_attention"]},
+    "qwen4_exp_text": {"indexer_budget": 6, "indexer_compress_ratio": 2},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 3, "axial_pos_embds_dim": (16, 16),
                  "axial_pos_shape": (8, 16)},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 64},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attention_hidden_size": 64, "attn_layer_period": 3, "attn_layer_offset": 2},
+    "zamba2": {"attention_hidden_size": 64, "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"] * 3, "layer_types": ["linear_attention", "hybrid"] * 3},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -93,7 +116,7 @@ _TARGETS: dict[str, tuple[str, ...]] = {
     "falcon_h1": ("q_proj", "v_proj", "gate_proj", "in_proj"),
     "llama4": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "llama4_text": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "nemotron_h": ("in_proj", "q_proj", "v_proj", "up_proj"),
+    "nemotron_h": ("in_proj", "q_proj", "v_proj"),
     "phimoe": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 
@@ -130,6 +153,8 @@ def tiny_config(config_class: type[PreTrainedConfig], *, tower: bool = False) ->
     """
     fields = _fields_of(config_class)
     given = {name: size for name, size in _TINY.items() if name in fields}
+    if _MIXED & fields.keys():
+        given = {name: MIXED_LAYERS if name in _DEPTHS else size for name, size in given.items()}
     if "kv_lora_rank" in fields:
         given["num_key_value_heads"] = 4  # latent attention has a key for every head
     for name, value in fields.items():
@@ -137,7 +162,7 @@ def tiny_config(config_class: type[PreTrainedConfig], *, tower: bool = False) ->
             given[name] = 0.0
         if isinstance(value, PreTrainedConfig):
             given[name] = tiny_config(type(value), tower="text" not in name).to_dict()
-        if tower and (name == "depth" or _TINY.get(name) == LAYERS) and isinstance(value, int):
+        if tower and name in {"depth", *_DEPTHS} and isinstance(value, int):
             given[name] = 2
     return config_class(**{**given, **_OVERRIDES.get(config_class.model_type, {})})
 
@@ -167,7 +192,7 @@ def build(family: str) -> PreTrainedModel:
     try:
         config = tiny_config(CONFIG_MAPPING[family])
         with torch.device("meta"):
-            size = sum(p.numel() for p in _auto_class(config)(config).parameters())
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:
         raise NotBuiltError(f"no tiny configuration: {_first_line(error)}") from error
     if size > LARGEST_TINY:
@@ -181,12 +206,6 @@ def build(family: str) -> PreTrainedModel:
     if not torch.isfinite(loss):
         raise NotBuiltError("the unsplit model gives no finite loss on random weights")
     return model
-
-
-def _auto_class(config: PreTrainedConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config if False else AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _first_line(error: Exception) -> str:

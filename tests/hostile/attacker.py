@@ -19,6 +19,8 @@ from splitfl.wire.messages import (
     WIRE_VERSION,
     AnyMessage,
     Backward,
+    Bye,
+    Closed,
     Forward,
     ForwardDone,
     Hello,
@@ -51,6 +53,8 @@ class Attacker:
         assert owner.keys is not None
         self.plan = open_kit(owner.kit_dir).plan
         self.number = new_number()
+        self.greeted: set[int] = set()
+        """Sessions that it may have opened."""
         self.link: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         keys = load_keys(owner.keys / f"{party}.key_secret")
         self.link.curve_publickey, self.link.curve_secretkey = keys.public, keys.secret
@@ -81,7 +85,9 @@ class Attacker:
             "plan": self.plan.digest,
             "wire_dtype": "float32",
         }
-        self.say(Hello(session=self.number if number is None else number, **(terms | changes)))
+        chosen = self.number if number is None else number
+        self.greeted.add(chosen)
+        self.say(Hello(session=chosen, **(terms | changes)))
 
     def forward(self, step: int, hidden: torch.Tensor, *, session: int | None = None, **fields: Any) -> None:
         """A forward; `fields` are those of the message, or its further tensors."""
@@ -131,6 +137,13 @@ class Attacker:
         assert isinstance(came, Welcome), came
         return self
 
+    def leave(self, numbers: Sequence[int]) -> None:
+        """Close these sessions, whether they are open or not."""
+        for number in numbers:
+            self.say(Bye(session=number))
+            came = self.answer()
+            assert isinstance(came, Closed) or (isinstance(came, Refused) and came.code == "unknown_session"), came
+
     def fill(self, requests: Iterator[tuple[int, dict[str, Any]]], hidden: torch.Tensor) -> tuple[list[int], Refused]:
         """Send forwards until one is refused; the steps that were answered, and the refusal."""
         done = []
@@ -146,15 +159,15 @@ class Attacker:
 
 @contextmanager
 def attackers(owner: Owner, count: int = 1, party: str = PARTIES[1]) -> Iterator[Sequence[Attacker]]:
-    """Some connections of one admitted party, all closed on the way out."""
+    """Some connections of one admitted party, closed on the way out; their sessions are, too, for the next test."""
     context: zmq.Context[Any] = zmq.Context()
     made = [Attacker(owner, context, party) for _ in range(count)]
     try:
         yield made
+        if numbers := sorted(set().union(*(each.greeted for each in made))):
+            Attacker(owner, context, party).leave(numbers)
     finally:
-        for each in made:
-            each.link.close(0)
-        context.term()
+        context.destroy(linger=0)
 
 
 @contextmanager

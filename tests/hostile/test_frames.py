@@ -210,6 +210,7 @@ def test_a_frame_beyond_the_largest_message_cuts_only_its_own_link(besieged, own
         assert news.poll(PATIENCE_S * 1000), "the link was not cut"
         assert foe.receive(0) is None
         foe.link.disable_monitor()
+        news.close(0)
     with attacker(owner) as again:
         again.opened().say(Bye(session=again.number))
         assert isinstance(again.answer(), Closed)

@@ -15,6 +15,8 @@ from zmq.utils import garbage
 
 from splitfl.wire.channel import OwnerSocket, PartySocket
 from splitfl.wire.keys import AllowList, load_keys, load_public, new_keys
+from tests.wire.samples import WELCOME
+from tests.wire.talk import EVERYTHING, ROLES, TERMS, say
 
 LIMIT_S = 20.0
 MAX_BYTES = 1_000_000
@@ -176,6 +178,28 @@ class Folder:
         )
 
 
+def port_of(address):
+    return int(address.rsplit(":", 1)[1])
+
+
+def ask(party, *frames):
+    """Send, and the answer as bytes."""
+    party.send(list(frames), timeout_s=LIMIT_S)
+    answer = party.receive(LIMIT_S)
+    assert answer is not None
+    return [bytes(frame) for frame in answer]
+
+
+def insecure_owner(answer=None, bind="tcp://127.0.0.1:0"):
+    return OwnerThread(
+        OwnerSocket(bind, keys=None, allow=None, max_message_bytes=MAX_BYTES, insecure_loopback=True), answer
+    )
+
+
+def insecure_party(address):
+    return PartySocket(address, keys=None, owner_public=None, max_message_bytes=MAX_BYTES, insecure_loopback=True)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return Folder(tmp_path)
@@ -201,3 +225,14 @@ def leaves_nothing():
     while _left_behind() != before and time.monotonic() < deadline:
         pass  # a thread that was joined stays in /proc for a moment
     assert _left_behind() == before
+
+
+@pytest.fixture(params=["party", "owner"])
+def fresh(request):
+    return ROLES[request.param](TERMS, EVERYTHING)
+
+
+@pytest.fixture
+def opened(fresh):
+    say(fresh, TERMS.hello(), WELCOME)
+    return fresh

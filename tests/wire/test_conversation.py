@@ -10,7 +10,7 @@ from splitfl.wire.messages import Release
 from splitfl.wire.session import NotAllowed, OwnerSession, PartySession, State, Turn
 from splitfl.wire.steps import MAX_ANSWERED, MAX_OPEN
 from tests.wire.samples import SESSION, WELCOME
-from tests.wire.test_session import (
+from tests.wire.talk import (
     BYE,
     CLOSED,
     EVERYTHING,

@@ -250,7 +250,8 @@ def test_the_owner_is_not_believed_either(name):
 
 def test_the_number_of_frames_is_looked_at_first():
     assert code_of([]) == "malformed"
-    assert code_of([b"\xc1"] * (MAX_TENSORS + 2)) == "malformed"
+    with pytest.raises(Malformed, match=f"{MAX_TENSORS + 2} frames"):
+        decode([b"\xc1"] * (MAX_TENSORS + 2), sender="party", limits=LIMITS)
     assert code_of([pack(Bye(session=1)), b""]) == "malformed"
 
 

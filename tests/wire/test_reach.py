@@ -58,7 +58,7 @@ def test_a_peer_that_never_stops_talking_slowly_does_not_hold_us_up():
     def drip(listener):
         link, _ = listener.accept()
         with link:
-            while not done.wait(0.05):
+            while not done.wait(0.2):
                 try:
                     link.sendall(b"\xff")
                 except OSError:
@@ -68,10 +68,10 @@ def test_a_peer_that_never_stops_talking_slowly_does_not_hold_us_up():
         thread = threading.Thread(target=drip, args=(listener,))
         thread.start()
         began = time.monotonic()
-        seen = look(Address(host="127.0.0.1", port=listener.getsockname()[1]), 0.4)
+        seen = look(Address(host="127.0.0.1", port=listener.getsockname()[1]), 0.7)
         took = time.monotonic() - began
         done.set()
         thread.join(10)
-    assert 0.3 < took < 5
+    assert 0.5 < took < 6
     assert seen.answered
     assert seen.mechanism is None

@@ -5,80 +5,27 @@ from protocols import PROTOCOLS
 from splitfl.privacy.disclosure import Crossing, Disclosure
 from splitfl.wire.frames import describe
 from splitfl.wire.messages import (
-    REFUSAL_CODES,
-    Backward,
     BackwardDone,
-    Bye,
-    Closed,
     Forward,
-    ForwardDone,
-    Refused,
     Release,
-    Welcome,
 )
-from splitfl.wire.session import TABLE, NotAllowed, OwnerSession, PartySession, State, Terms, Turn
-from splitfl.wire.steps import MAX_ANSWERED, MAX_OPEN
+from splitfl.wire.session import TABLE, NotAllowed, PartySession, State, Terms, Turn
 from tests.wire.samples import SESSION, WELCOME, hidden, mask
-
-TERMS = Terms(session=SESSION, protocol="split", trunk="trunk", plan="plan", wire_dtype="float32")
-EVERYTHING = PROTOCOLS["split"].disclosure
-ROLES = {"party": PartySession, "owner": OwnerSession}
-PARTY_KINDS = {"hello", "forward", "backward", "release", "bye"}
-
-
-def forward(step, keep=False, rows=2, **fields):
-    message = Forward(session=SESSION, step=step, keep=keep, **fields)
-    return describe(message, {"hidden": hidden(rows)})
-
-
-def backward(step, rows=2):
-    return describe(Backward(session=SESSION, step=step), {"gradient": hidden(rows)})
-
-
-def forward_done(step, rows=2):
-    return describe(ForwardDone(session=SESSION, step=step), {"hidden": hidden(rows)})
-
-
-def backward_done(step, rows=2):
-    return describe(BackwardDone(session=SESSION, step=step), {"gradient": hidden(rows)})
-
-
-def refused(step=None, code="busy"):
-    return Refused(session=SESSION, code=code, problem="No.", step=step)
-
-
-BYE, CLOSED = Bye(session=SESSION), Closed(session=SESSION)
-
-
-def say(session, *messages):
-    """Each message through `session`, in or out as its kind demands; the verdicts."""
-    turns = []
-    for message in messages:
-        ours = (message.__struct_config__.tag in PARTY_KINDS) == (session.role == "party")
-        turns.append(session.send(message) if ours else session.receive(message))
-    return turns
-
-
-def refusal(session, message):
-    """The code with which `session` refuses `message`; it must be as if nothing had been said."""
-    before = (session.state, session.kept_steps(), session.open_requests(), session.welcome)
-    with pytest.raises(NotAllowed) as caught:
-        say(session, message)
-    assert (session.state, session.kept_steps(), session.open_requests(), session.welcome) == before
-    assert caught.value.code in REFUSAL_CODES
-    return caught.value.code
-
-
-@pytest.fixture(params=["party", "owner"])
-def fresh(request):
-    return ROLES[request.param](TERMS, EVERYTHING)
-
-
-@pytest.fixture
-def opened(fresh):
-    say(fresh, TERMS.hello(), WELCOME)
-    return fresh
-
+from tests.wire.talk import (
+    BYE,
+    CLOSED,
+    EVERYTHING,
+    PARTY_KINDS,
+    ROLES,
+    TERMS,
+    backward,
+    backward_done,
+    forward,
+    forward_done,
+    refusal,
+    refused,
+    say,
+)
 
 # ---- every state x every kind, against a matrix written by hand
 
@@ -215,125 +162,6 @@ def test_a_reconnect_keeps_the_steps(opened):
     assert say(opened, WELCOME, backward(0)) == [Turn.NEW, Turn.NEW]
 
 
-# ---- steps
-
-
-def test_a_training_step(opened):
-    turns = say(opened, forward(0, keep=True), forward_done(0), backward(0), backward_done(0))
-    assert turns == [Turn.NEW] * 4
-    assert opened.kept_steps() == opened.open_requests() == ()
-
-
-def test_a_pipeline_of_steps(opened):
-    say(opened, forward(0, keep=True), forward(1, keep=True), forward_done(0), backward(0), forward_done(1))
-    assert opened.open_requests() == (("backward", 0),)
-    assert opened.kept_steps() == (1,)
-    say(opened, backward(1), backward_done(1), backward_done(0))
-    assert opened.open_requests() == opened.kept_steps() == ()
-
-
-def test_an_earlier_step_is_a_retry_whether_answered_or_not(opened):
-    assert say(opened, forward(4), forward(4), forward_done(4), forward(4)) == [
-        Turn.NEW,
-        Turn.RETRY,
-        Turn.NEW,
-        Turn.RETRY,
-    ]
-    assert say(opened, forward_done(4), forward_done(4)) == [Turn.NEW, Turn.RETRY]
-
-
-def test_a_backward_is_legal_once(opened):
-    say(opened, forward(0, keep=True), forward_done(0))
-    assert say(opened, backward(0), backward(0), backward_done(0), backward(0)) == [
-        Turn.NEW,
-        Turn.RETRY,
-        Turn.NEW,
-        Turn.RETRY,
-    ]
-    assert opened.kept_steps() == ()
-
-
-@pytest.mark.parametrize(
-    ("before", "code"),
-    [
-        ([], "unknown_step"),
-        ([forward(0), forward_done(0)], "unknown_step"),
-        ([forward(0, keep=True)], "out_of_order"),
-        ([forward(0, keep=True), forward_done(0), Release(session=SESSION, steps=(0,))], "unknown_step"),
-        ([forward(0, keep=True), refused(0)], "unknown_step"),
-        ([forward(1, keep=True), forward_done(1)], "unknown_step"),
-    ],
-    ids=["never sent", "not kept", "not answered", "released", "refused", "another step"],
-)
-def test_a_backward_needs_a_kept_step(opened, before, code):
-    say(opened, *before)
-    assert refusal(opened, backward(0)) == code
-
-
-def test_a_forward_sent_again_after_its_backward_does_not_keep_the_step_again(opened):
-    say(opened, forward(0, keep=True), forward_done(0), backward(0), backward_done(0), forward(0, keep=True))
-    assert opened.kept_steps() == ()
-
-
-def test_a_refused_backward_can_be_sent_again(opened):
-    say(opened, forward(0, keep=True), forward_done(0), backward(0), refused(0, "busy"))
-    assert say(opened, backward(0), backward_done(0)) == [Turn.NEW, Turn.NEW]
-
-
-def test_a_request_sent_twice_may_be_refused_and_then_answered(opened):
-    say(opened, forward(0), forward(0), refused(0, "busy"))
-    assert opened.open_requests() == ()
-    assert say(opened, forward_done(0)) == [Turn.RETRY]  # to be dropped: the party was told no
-    assert say(opened, forward(0), forward_done(0)) == [Turn.RETRY, Turn.NEW]
-
-
-def test_a_step_that_the_owner_lost_is_recovered_by_its_forward(opened):
-    say(opened, forward(0, keep=True), forward_done(0), forward(1), forward_done(1), backward(0))
-    say(opened, refused(0, "unknown_step"))
-    assert refusal(opened, backward(0)) == "unknown_step"
-    assert say(opened, forward(0, keep=True), forward_done(0)) == [Turn.RETRY, Turn.NEW]
-    assert say(opened, backward(0), backward_done(0)) == [Turn.NEW, Turn.NEW]
-
-
-def test_an_owner_that_restarted_takes_the_steps_up_again():
-    party, owner = PartySession(TERMS, EVERYTHING), OwnerSession(TERMS, EVERYTHING)
-    say(party, TERMS.hello(), WELCOME, forward(6, keep=True), forward_done(6), forward(7, keep=True), TERMS.hello())
-    say(party, WELCOME)
-    say(owner, TERMS.hello(), WELCOME)
-    both = [forward(7, keep=True), forward(6, keep=True), forward_done(7), forward_done(6), backward(6), backward(7)]
-    assert say(owner, *both) == [Turn.NEW, Turn.RETRY, Turn.NEW, Turn.NEW, Turn.NEW, Turn.NEW]
-    say(party, *both)
-    assert party.open_requests() == owner.open_requests() == (("backward", 6), ("backward", 7))
-
-
-def test_an_answer_needs_a_request(opened):
-    assert refusal(opened, forward_done(0)) == "out_of_order"
-    say(opened, forward(0, keep=True))
-    assert refusal(opened, backward_done(0)) == "out_of_order"
-    assert refusal(opened, forward_done(1)) == "out_of_order"
-
-
-@pytest.mark.parametrize(
-    ("before", "message"),
-    [
-        ([forward(0)], forward_done(0, rows=1)),
-        ([forward(0)], forward(0, rows=1)),
-        ([forward(0, keep=True), forward_done(0)], backward(0, rows=1)),
-        ([forward(0, keep=True), forward_done(0), backward(0)], backward_done(0, rows=1)),
-        ([forward(0), forward_done(0)], forward(0, rows=3)),
-    ],
-    ids=["answer", "retry", "gradient", "gradient's answer", "late retry"],
-)
-def test_a_step_has_one_shape(opened, before, message):
-    say(opened, *before)
-    assert refusal(opened, message) == "malformed"
-
-
-def test_a_refusal_without_a_step_closes_nothing(opened):
-    say(opened, forward(0), refused())
-    assert opened.open_requests() == (("forward", 0),)
-
-
 # ---- disclosure
 
 
@@ -395,37 +223,3 @@ def test_every_served_protocol_lets_a_session_open_and_close():
         session = PartySession(TERMS, protocol.disclosure)
         say(session, TERMS.hello(), WELCOME, BYE, CLOSED)
         assert session.state is State.CLOSED
-
-
-# ---- bounds
-
-
-def test_open_requests_are_bounded(opened):
-    say(opened, *(forward(step) for step in range(MAX_OPEN)))
-    assert refusal(opened, forward(MAX_OPEN)) == "too_large"
-    assert say(opened, forward(0)) == [Turn.RETRY]
-    say(opened, forward_done(3))
-    assert say(opened, forward(MAX_OPEN)) == [Turn.NEW]
-
-
-def test_kept_steps_are_bounded(opened):
-    for step in range(MAX_OPEN):
-        say(opened, forward(step, keep=True), forward_done(step))
-    assert refusal(opened, forward(MAX_OPEN, keep=True)) == "too_large"
-    say(opened, Release(session=SESSION, steps=(0,)), forward(MAX_OPEN, keep=True))
-    assert len(opened.kept_steps()) == MAX_OPEN
-
-
-def test_answered_steps_are_forgotten_in_the_end(opened):
-    for step in range(MAX_ANSWERED + 1):
-        say(opened, forward(step), forward_done(step))
-    assert refusal(opened, forward_done(0)) == "out_of_order"
-    assert say(opened, forward_done(1)) == [Turn.RETRY]
-    assert say(opened, forward(0)) == [Turn.RETRY]
-
-
-def test_welcomes_of_many_hellos_stay_bounded(fresh):
-    say(fresh, *[TERMS.hello()] * (MAX_OPEN + 50))
-    say(fresh, *[WELCOME] * MAX_OPEN)
-    assert isinstance(fresh.welcome, Welcome)
-    assert refusal(fresh, WELCOME) == "out_of_order"
