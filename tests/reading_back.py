@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from model_owner.trunk import LocalLink, Trunk
 from party.model import open_model
 from splitfl.adapters import add_lora, lora_config
-from splitfl.kit import Kit, open_kit, write_kit
+from splitfl.kit import open_kit, write_kit
 from splitfl.link import TrunkRequest
 from splitfl.load import load_trunk_side, quiet_library
 from tests.journey import MODEL, batch_of
@@ -46,13 +45,23 @@ class Bottom:
         self.embeddings = self.model.get_input_embeddings().weight.detach()
         self.model.base_model.layers[layers].register_forward_pre_hook(self._stop)
 
-    def __call__(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Hidden state [B, T, D] at the cut of `ids` [B, T] behind what `cache` holds."""
+    def __call__(self, cache: DynamicCache, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+        """Hidden state [1, N, D] at the cut of `ids` [1, N], put behind what `cache` holds."""
         try:
-            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
         except _Reached as reached:
             return reached.hidden
         raise AssertionError("the cut was not reached")
+
+    def alternatives(self, cache: DynamicCache, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, D] of `tokens` [N], each put alone behind what `cache` holds, which stays as it is."""
+        past, count = cache.get_seq_length(), len(tokens)
+        allowed = torch.cat([torch.ones(count, past, dtype=torch.bool), torch.eye(count, dtype=torch.bool)], dim=1)
+        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+        places = torch.full((1, count), past)
+        hidden = self(cache, tokens[None], attention_mask=mask[None, None], position_ids=places)
+        cache.crop(-count)
+        return hidden[0]
 
     def _stop(self, _layer: Any, args: tuple[Any, ...]) -> None:
         raise _Reached(args[0])
@@ -69,7 +78,7 @@ def read_row(bottom: Bottom, hidden: torch.Tensor) -> list[int]:
         if distance > EXACT:
             best, _ = _best(bottom, cache, nearest, target)
         found.append(best)
-        bottom(torch.tensor([[best]]), cache)
+        bottom(cache, torch.tensor([[best]]))
     return found
 
 
@@ -77,11 +86,7 @@ def _best(bottom: Bottom, cache: DynamicCache, tried: torch.Tensor, target: torc
     """The token of `tried` [N] that comes nearest to `target` [D], and its relative distance."""
     best, least = -1, float("inf")
     for some in tried.split(512):
-        copies = DynamicCache(config=bottom.model.config)
-        for index, slot in enumerate(cache.layers):
-            if slot.is_initialized:
-                copies.update(slot.keys.repeat(len(some), 1, 1, 1), slot.values.repeat(len(some), 1, 1, 1), index)
-        distances = (bottom(some.view(-1, 1), copies)[:, 0] - target).norm(dim=-1) / target.norm()
+        distances = (bottom.alternatives(cache, some) - target).norm(dim=-1) / target.norm()
         at = int(distances.argmin())
         if float(distances[at]) < least:
             best, least = int(some[at]), float(distances[at])
@@ -132,8 +137,6 @@ def _tune(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[float]:
         optimiser.step()
     return losses
 
-
-_ = (closing, Kit)
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:

@@ -113,7 +113,7 @@ def sample_words(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def test_sampled_text_is_made_of_english_words(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Judged by the words of the demo data: medicine and films, a poor dictionary of stories, but an independent one."""
+    """Judged by the words of the demo data: medicine and films, a poor dictionary, but an independent one."""
     rows = [row for party in PARTIES for row in read_jsonl(DATA / f"{party}.train.jsonl")]
     known = {word for row in rows for word in words_of(row["prompt"] + " " + row["completion"])}
     known |= {word for row in read_csv(DATA / "sentiment.train.csv") for word in words_of(row["text"])}

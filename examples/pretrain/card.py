@@ -64,9 +64,9 @@ removed.
 
 ## Training
 
-{epochs} epochs, {steps:,} steps of {batch_tokens:,} tokens, on one {device}. AdamW (learning rate {learning_rate:g}, cosine;
-weight decay {weight_decay:g}), dropout {dropout:g} on what each layer adds. Of these settings, the first has the best
-held-out loss (the mean over the four larger sources, nats per token):
+{epochs} epochs, {steps:,} steps of {batch_tokens:,} tokens, on one {device}. AdamW (learning rate {learning_rate:g},
+cosine; weight decay {weight_decay:g}), dropout {dropout:g} on what each layer adds. Of these settings, the first has
+the best held-out loss (the mean over the four larger sources, nats per token):
 
 {trials}
 

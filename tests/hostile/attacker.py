@@ -165,8 +165,11 @@ def attackers(owner: Owner, count: int = 1, party: str = PARTIES[1]) -> Iterator
     try:
         yield made
         if numbers := sorted(set().union(*(each.greeted for each in made))):
-            Attacker(owner, context, party).leave(numbers)
+            made.append(Attacker(owner, context, party))
+            made[-1].leave(numbers)
     finally:
+        for each in made:
+            each.link.close(0)
         context.destroy(linger=0)
 
 

@@ -104,10 +104,9 @@ def test_what_can_be_named_is_named(foe):
 
 
 def test_noise_of_every_length_is_answered(foe):
-    seeds = range(300)
-    for seed in seeds:
+    for seed in range(300):
         foe.send(*(noise(length, seed) for length in random.Random(seed).choices(range(200), k=1 + seed % 9)))
-    assert {foe.refused("malformed").code for _ in seeds} == {"malformed"}
+        foe.refused("malformed")
 
 
 def test_messages_of_the_owner_are_not_taken_from_a_party(foe):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from splitfl.link import TrunkRequest
-from splitfl.wire.messages import Backward, BackwardDone, Bye, Closed, Forward, ForwardDone, Release, Welcome
+from splitfl.wire.messages import Backward, BackwardDone, Bye, Closed, Forward, Refused, Release, Welcome
 from splitfl.wire.steps import MAX_OPEN
+from tests.hostile.attacker import attacker, within
 
 
 @pytest.fixture
@@ -102,17 +103,19 @@ def test_steps_may_go_down_and_leave_gaps(foe, hidden):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_a_flood_of_requests_is_answered_one_by_one(foe, hidden):
+def test_a_flood_of_requests_is_not_all_taken_in(foe, hidden):
+    """What is refused is refused at once, so among the first answers there are refusals."""
     foe.opened()
-    for step in range(2 * MAX_OPEN):
+    for step in range(4 * MAX_OPEN):
         foe.forward(step, hidden)
-    came = [foe.answer() for _ in range(2 * MAX_OPEN)]
-    done = [message for message in came if isinstance(message, ForwardDone)]
-    assert len(done) >= MAX_OPEN
-    assert {message.code for message in came if not isinstance(message, ForwardDone)} <= {"too_large", "busy"}
+    for _ in within(30):
+        came = foe.answer()
+        assert not isinstance(came, Refused) or came.code in ("too_large", "busy")
+        if isinstance(came, Refused):
+            break
 
 
-def test_a_session_of_somebody_else_is_not_found(foe, honest, hidden, besieged):
+def test_a_session_of_somebody_else_is_not_found(foe, honest, hidden):
     theirs = honest.session.terms.session
     foe.forward(10_000, hidden, session=theirs)
     foe.say(Backward(session=theirs, step=1), gradient=hidden)
@@ -151,9 +154,7 @@ def test_a_step_released_while_it_waits_is_not_kept(foe, hidden):
     foe.refused("unknown_step")
 
 
-def test_a_kept_step_survives_what_an_attacker_releases(owner, honest, trunk, tiny_llama):
-    from tests.hostile.attacker import attacker
-
+def test_a_kept_step_survives_what_an_attacker_releases(owner, honest, trunk):
     hidden = torch.randn(2, 3, trunk.plan.width, generator=torch.Generator().manual_seed(4))
     request = TrunkRequest(hidden=hidden, keep=True)
     output, step = honest.session.forward(request)
