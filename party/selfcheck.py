@@ -1,4 +1,4 @@
-"""Is the cut model still the same model? Asked of a real model directory, whatever its family, before a kit is handed out.
+"""Is the cut model still the same model? Asked of a real model directory, of any family, before a kit is given away.
 
 The tests compare tiny models of every family that the library knows. A family they have not met, or a setting that no
 tiny model has, is caught here instead: logits, the gradient that comes back to the embeddings, and greedy generation
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,8 +82,8 @@ def check_cut(model_dir: Path, kit: Kit, trunk: Trunk) -> SelfCheck:
     )
     if not outcome.largest <= outcome.tolerance:
         raise ModelError(
-            f"The halves of this {kit.plan.model_type} model, cut into {kit.plan.bottom} and {kit.plan.top}, do not equal "
-            f"the whole: logits differ by {outcome.logits:.1e} of their scale, the gradient by {outcome.gradient:.1e}"
+            f"The halves of this {kit.plan.model_type} model at --bottom {kit.plan.bottom} --top {kit.plan.top} do not "
+            f"equal the whole: logits differ by {outcome.logits:.1e} of their scale, the gradient by {outcome.gradient:.1e}"
             + ("" if outcome.generation is None else f", cached generation by {outcome.generation:.1e}")
             + ".",
             expected=f"at most {outcome.tolerance:.0e} in {outcome.dtype}",
@@ -179,7 +180,7 @@ def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> 
         do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, use_cache=True,
         output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=model.config.eos_token_id,
     )  # fmt: skip
-    generate: Callable[..., object] = model.generate
+    generate: Callable[..., Any] = model.generate
     output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     return torch.stack(output.logits, dim=1).float(), output.sequences[:, ids.shape[1] :]
 
@@ -192,7 +193,8 @@ def _compare_steps(expected: _Run, found: _Run) -> float:
     assert expected.steps is not None  # noqa: S101
     assert expected.tokens is not None  # noqa: S101
     assert found.steps is not None  # noqa: S101
-    together = (expected.tokens == found.tokens).long().cumprod(dim=1)
+    assert found.tokens is not None  # noqa: S101
+    together = torch.eq(expected.tokens, found.tokens).long().cumprod(dim=1)
     counted = torch.cat([torch.ones_like(together[:, :1]), together[:, :-1]], dim=1).bool()
     return _share(expected.steps[counted], found.steps[counted])
 

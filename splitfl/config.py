@@ -374,7 +374,7 @@ class BenchSettings(Settings):
     steps: Annotated[int, "Steps or generations to measure in each case, after the warm-up.", at_least(1)] = 10
     new_tokens: Annotated[int, "Tokens that one generation writes.", between(2, 512)] = 64
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], "Type of computation and wire.", MACHINE] = "float32"
-    cache: Annotated[Path | None, "Keep checkpoints and kits here. Default: made for this run and removed."] = None
+    cache: Annotated[Path | None, "Keep the checkpoints here. Default: made for this run and removed."] = None
     resume: Annotated[bool, "Leave out the cases whose figures are in the --json file already."] = False
     json: JsonFile = None
 

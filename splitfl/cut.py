@@ -301,7 +301,7 @@ def keep_trunk_layers(model: PreTrainedModel, plan: Plan) -> None:
 
 
 class Void(_StandIn):
-    """Stands at the owner where token embeddings or the head are. Nothing may call it: token ids stay with the party."""
+    """Stands at the owner for token embeddings and head. Nothing may call it: token ids stay with the party."""
 
     def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         """Refuse.

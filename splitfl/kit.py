@@ -24,7 +24,17 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from splitfl.cut import FOREIGN_ARGUMENTS, PassThrough, Plan, Task, check_cut, entrance, find_stack, max_length_of, module_at
+from splitfl.cut import (
+    FOREIGN_ARGUMENTS,
+    PassThrough,
+    Plan,
+    Task,
+    check_cut,
+    entrance,
+    find_stack,
+    max_length_of,
+    module_at,
+)
 from splitfl.errors import ModelError
 from splitfl.load import (
     fingerprint_trunk,
@@ -113,7 +123,7 @@ def make_plan(
         base = model.base_model
     if task == "causal-lm" and not cls._supports_default_dynamic_cache():
         raise ModelError(
-            f"A {config.model_type} model cannot be cut: it keeps what it remembers of a text in a cache of its own kind.",
+            f"A {config.model_type} model cannot be cut: it keeps its past in a cache of its own kind.",
             expected="a model that generates with the library's own KV cache",
         )
     stack, layers = find_stack(base)
@@ -235,7 +245,7 @@ def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int,
         )
     if hidden.ndim != 3 or hidden.shape[:2] != (1, 4):
         raise ModelError(
-            f"The layers of a {family} model pass on {list(hidden.shape)} for 1 row of 4 positions, not one hidden state.",
+            f"The layers of a {family} model pass on {list(hidden.shape)} for 1 row of 4 positions, not one state each.",
             expected="one vector a position: [rows, positions, width]",
         )
     for name in set(probe.handed_on) - FOREIGN_ARGUMENTS.keys():

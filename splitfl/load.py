@@ -214,12 +214,12 @@ def is_trunk_tensor(name: str, plan: Plan) -> bool:
 def _layer_in(name: str, plan: Plan) -> re.Match[str] | None:
     """The part of a tensor's name from the number of its layer on; None if it is in no layer of the stack.
 
-    The stack stands at the root of a base model's checkpoint, else below the base model's name; a language model
-    inside a larger one may have its own ``model.`` in front of its layers. Layers deeper down that are called the same
-    belong to something else (an image encoder).
+    The stack stands at the root of a base model's checkpoint, else below one or two names (the base model, a part of
+    it); a language model inside a larger one may have its own ``model.`` in front of its layers. Layers further down
+    that are called the same belong to something else (an image encoder).
     """
     stack = r"\.(?:model\.)?".join(map(re.escape, plan.stack.split(".")))
-    return re.match(rf"(?:\w+\.)?{stack}\.((\d+)\..+)", name)
+    return re.match(rf"(?:\w+\.){{0,2}}{stack}\.((\d+)\..+)", name)
 
 
 def tensor_names(model_dir: Path) -> dict[str, Path]:

@@ -66,8 +66,8 @@ def bench_split(settings: BenchSettings) -> None:
 
 def _measure(case: Case, settings: BenchSettings, work: Path, course: Course) -> list[Result]:
     """The figures of a case; where the two sides did not compute the same, only the one that shows it."""
-    folder = settings.cache.resolve() if settings.cache is not None else work
-    files = prepare(case.size, case.dtype, folder, work)
+    cache = settings.cache.resolve() if settings.cache is not None else work
+    files = prepare(case.size, case.dtype, cache, work)
     with open_sides(case, files, work / "keys", work) as sides:
         course.loaded()
         try:

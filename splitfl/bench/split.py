@@ -17,7 +17,6 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-import splitfl
 from splitfl.bench.agreement import SameText, compare_losses, compare_texts
 from splitfl.bench.cases import BUSY, BYTES, PARTY_MEMORY, PROMPT, RATE, STEP, WARM_UP, Case
 from splitfl.bench.children import Child, Owner, run_to_end
@@ -52,11 +51,17 @@ class Files:
     kit: Path
 
 
-def prepare(size: Size, dtype: str, folder: Path, logs: Path) -> Files:
-    """Write checkpoint and kit of a size into `folder`, unless they are there from an earlier case or run."""
-    home = folder / f"{size.name}-{dtype}-{splitfl.__version__}"
-    files = Files(model=home / "model", kit=home / "kit")
-    log = logs / f"prepare-{size.name}.log"
+def prepare(size: Size, dtype: str, cache: Path, work: Path) -> Files:
+    """Write the checkpoint of a size and cut a kit from it, unless that has been done.
+
+    Args:
+        size: the model.
+        dtype: of its weights.
+        cache: for the checkpoint, which may be there from an earlier run.
+        work: for the kit, always one of this run, and for what the two commands say.
+    """
+    files = Files(model=cache / f"{size.name}-{dtype}", kit=work / f"{size.name}-{dtype}-kit")
+    log = work / f"prepare-{size.name}.log"
     if not files.model.is_dir():
         run_to_end(["splitfl.bench.checkpoint", size.name, dtype, str(files.model)], log=log)
     if not files.kit.is_dir():

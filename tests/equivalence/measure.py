@@ -1,4 +1,4 @@
-"""Measure how far a split model is from the unsplit one: losses, LoRA gradients, one optimiser step, generated tokens."""
+"""Measure how far a split model is from the unsplit one: losses, LoRA gradients, an optimiser step, generated tokens."""
 
 from __future__ import annotations
 
@@ -72,6 +72,8 @@ def make_pair(
         full.config.use_cache = False
         trunk = Trunk(load_trunk_side(model_dir, plan, dtype=torch.float32), plan)
         party_base = open_kit(kit_dir).load()
+    for side in (full, trunk.base, party_base):
+        _align(side)
     put_remote_trunk(party_base, plan, LocalLink(trunk, recompute=recompute))
     config = lora_config(party_base, plan, r=4, lora_alpha=8, target_modules=list(targets))
     whole_config = copy.deepcopy(config)
@@ -87,6 +89,15 @@ def make_pair(
     for name, parameter in whole.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in held)
     return Pair(plan=plan, full=whole, party=party)
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Copy weights out of the mapped file, where they lie as the file has them.
+
+    The same numbers at another alignment are multiplied by another kernel, and round differently (up to 1e-5 seen).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _trainable(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:

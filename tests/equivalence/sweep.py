@@ -1,7 +1,7 @@
-"""Every causal family that the installed library knows: build it tiny, cut it through a real kit, compare with the whole.
+"""Every causal family that the installed library knows: built tiny, cut through a real kit, compared with the whole.
 
-A family comes out as *exact* (largest difference at most 1e-6, tokens equal), as *refused* (a `ModelError` says why), as
-*not built* (the unsplit model could not be made from a tiny configuration, or does not run on text alone), or as
+A family comes out as *exact* (largest difference at most 1e-6, tokens equal), as *refused* (a `ModelError` says why),
+as *not built* (the unsplit model could not be made from a tiny configuration, or does not run on text alone), or as
 *wrong*, which the tests do not accept.
 """
 
@@ -25,7 +25,7 @@ from splitfl.load import quiet_library
 from tests.equivalence.measure import Difference, compare_generation, compare_training, make_batch, make_pair
 from tests.families import VOCAB, make_model
 
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 TOLERANCE = 1e-6
 LAYERS = 4
 MIXED_LAYERS = 6
@@ -121,6 +121,17 @@ _TARGETS: dict[str, tuple[str, ...]] = {
 }
 
 
+# The same family under settings that change what its layers pass on: (model type, settings).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text, no embeddings per layer": ("gemma4_text", {"hidden_size_per_layer_input": 0}),
+    "glm_moe_dsa, shared indexers": ("glm_moe_dsa", {"indexer_types": ["full", "full", "shared"] * 2}),
+    "mixtral, loss over its routers": ("mixtral", {"output_router_logits": True}),
+    "qwen3_moe, dense layers between": ("qwen3_moe", {"num_hidden_layers": 6, "mlp_only_layers": [1, 4]}),
+    "smollm3, sliding windows": ("smollm3", {"use_sliding_window": True, "layer_types": [
+        "sliding_attention", "sliding_attention", "full_attention"] * 2}),
+}  # fmt: skip
+
+
 class NotBuiltError(Exception):
     """The unsplit model could not be made or run; says why."""
 
@@ -138,17 +149,20 @@ class Verdict:
 
 
 def families() -> list[str]:
-    """Model types of every causal family of the installed library; one for those that share a configuration class."""
+    """Model types of every causal family of the installed library, one for those that share a configuration class."""
     seen: dict[str, str] = {}
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         seen.setdefault(CONFIG_MAPPING_NAMES.get(name, name), name)
-    return sorted(seen.values())
+    return sorted([*seen.values(), *VARIANTS])
 
 
-def tiny_config(config_class: type[PreTrainedConfig], *, tower: bool = False) -> PreTrainedConfig:
+def tiny_config(
+    config_class: type[PreTrainedConfig], settings: dict[str, Any] | None = None, *, tower: bool = False
+) -> PreTrainedConfig:
     """A configuration with every size that the class knows set small, dropout and jitter off.
 
     Args:
+        settings: put over it.
         tower: for an image or sound encoder inside a larger model: two layers.
     """
     fields = _fields_of(config_class)
@@ -164,7 +178,7 @@ def tiny_config(config_class: type[PreTrainedConfig], *, tower: bool = False) ->
             given[name] = tiny_config(type(value), tower="text" not in name).to_dict()
         if tower and name in {"depth", *_DEPTHS} and isinstance(value, int):
             given[name] = 2
-    return config_class(**{**given, **_OVERRIDES.get(config_class.model_type, {})})
+    return config_class(**{**given, **_OVERRIDES.get(config_class.model_type, {}), **(settings or {})})
 
 
 def _fields_of(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -190,7 +204,8 @@ def build(family: str) -> PreTrainedModel:
         NotBuiltError: it cannot be made tiny, or does not run on token ids and a mask alone.
     """
     try:
-        config = tiny_config(CONFIG_MAPPING[family])
+        model_type, settings = VARIANTS.get(family, (family, {}))
+        config = tiny_config(CONFIG_MAPPING[model_type], settings)
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:
@@ -234,14 +249,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def judge(family: str) -> Verdict:
-    """Build, cut, train a step, generate, compare."""
+def judge(family: str, cut: tuple[int, int] | None = None) -> Verdict:
+    """Build, cut, train a step, generate, compare; at `choose_cut` unless `cut` is given."""
     with _quiet():
         try:
             model = build(family)
         except NotBuiltError as error:
             return Verdict(family=family, verdict="not built", reason=str(error))
-        result, kinds = Difference(family, choose_cut(model)), kinds_of(model)
+        result, kinds = Difference(family, cut or choose_cut(model)), kinds_of(model)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
@@ -249,7 +264,8 @@ def judge(family: str) -> Verdict:
             compare_training(pair, result)
             compare_generation(pair, result, NEW_TOKENS)
         except ModelError as error:
-            return Verdict(family=family, verdict="refused", reason=error.problem.replace(folder, "the model"), kinds=kinds)
+            reason = error.problem.replace(folder, "the checkpoint")
+            return Verdict(family=family, verdict="refused", reason=reason, kinds=kinds)
         except Exception as error:
             reason = f"{type(error).__name__}: {_first_line(error)}"
             return Verdict(family=family, verdict="wrong", reason=reason, kinds=kinds)

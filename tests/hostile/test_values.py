@@ -139,7 +139,7 @@ def test_a_cache_and_a_kept_step_exclude_each_other(foe, hidden):
 
 
 def test_one_long_row_cannot_be_blown_up_into_hundreds(foe, hidden):
-    """512 rows of 128 positions for a moment, though only 512 rows of one position are asked for."""
+    """256 rows of 128 positions for a moment, though only 256 rows of one position are asked for."""
     foe.forward(1, torch.zeros(1, 128, foe.plan.width), cache=1)
     foe.result()
     foe.forward(2, torch.zeros(256, 1, foe.plan.width), cache=1, past=1, rows=(0,) * 256)

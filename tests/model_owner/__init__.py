@@ -1,0 +1,1 @@
+"""Tests of the owner's parts, alone and together."""
