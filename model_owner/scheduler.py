@@ -115,10 +115,10 @@ class Scheduler:
             result = job.work()
         except BaseException as error:  # the waiting coroutine must hear of anything that goes wrong
             problem = error
-        loop, news = job.loop, functools.partial(_settle, job.done, result, problem)
+        news = functools.partial(_settle, job.done, result, problem)
+        _tell(job.loop, news)
         # A problem remembers this frame: if the frame knew the problem, its tensors would stay until a collection.
-        del job, result, problem
-        _tell(loop, news)
+        del job, result, problem, news
 
 
 def _tell(loop: asyncio.AbstractEventLoop, news: Callable[[], object]) -> None:
@@ -132,7 +132,8 @@ def _settle(done: asyncio.Future[Any], result: Any, problem: BaseException | Non
         return
     if problem is None:
         done.set_result(result)
-    elif isinstance(problem, StopIteration):  # a future does not take this one
-        done.set_exception(RuntimeError("the work raised StopIteration"))
+    elif isinstance(problem, StopIteration) or not isinstance(problem, Exception):
+        # A future does not take the one, and the others would end the loop and with it everybody's session.
+        done.set_exception(InternalError(f"A worker met {type(problem).__name__}."))
     else:
         done.set_exception(problem)

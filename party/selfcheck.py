@@ -81,11 +81,11 @@ def check_cut(model_dir: Path, kit: Kit, trunk: Trunk) -> SelfCheck:
         dtype=str(trunk.dtype).removeprefix("torch."),
     )
     if not outcome.largest <= outcome.tolerance:
+        steps = "" if outcome.generation is None else f", cached generation by {outcome.generation:.1e}"
         raise ModelError(
             f"The halves of this {kit.plan.model_type} model at --bottom {kit.plan.bottom} --top {kit.plan.top} do not "
-            f"equal the whole: logits differ by {outcome.logits:.1e} of their scale, the gradient by {outcome.gradient:.1e}"
-            + ("" if outcome.generation is None else f", cached generation by {outcome.generation:.1e}")
-            + ".",
+            f"equal the whole: logits differ by {outcome.logits:.1e} of their scale, "
+            f"the gradient by {outcome.gradient:.1e}{steps}.",
             expected=f"at most {outcome.tolerance:.0e} in {outcome.dtype}",
             hint="do not use this kit: the model passes something between its layers that does not cross the cut, "
             "or kit and trunk come from different weights",

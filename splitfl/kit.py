@@ -245,7 +245,7 @@ def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int,
         )
     if hidden.ndim != 3 or hidden.shape[:2] != (1, 4):
         raise ModelError(
-            f"The layers of a {family} model pass on {list(hidden.shape)} for 1 row of 4 positions, not one state each.",
+            f"The layers of a {family} model pass on {list(hidden.shape)} for 4 positions, not one state each.",
             expected="one vector a position: [rows, positions, width]",
         )
     for name in set(probe.handed_on) - FOREIGN_ARGUMENTS.keys():

@@ -1,4 +1,4 @@
-"""Measure how far a split model is from the unsplit one: losses, LoRA gradients, an optimiser step, generated tokens."""
+"""Measure how far a split model is from the unsplit one: loss, LoRA gradients, an optimiser step, generated tokens."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ _SIZES = {
     "vocab_size vocab_size_per_layer_input unpadded_vocab_size": VOCAB,
     " ".join(_DEPTHS): LAYERS,
     "hidden_size d_model n_embd emb_dim dim embedding_dim embedding_size input_embedding_size output_embedding_size "
-    "word_embed_proj_dim lru_width attention_hidden_size pronunciation_embed_dim shape_embed_dim backbone_hidden_size adapter_input_size "
-    "encoder_hash_byte_group_vocab": 32,
+    "word_embed_proj_dim lru_width attention_hidden_size pronunciation_embed_dim shape_embed_dim backbone_hidden_size "
+    "adapter_input_size encoder_hash_byte_group_vocab": 32,
     "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
     "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads "
     "linear_num_heads": 4,
@@ -80,7 +80,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TINY = {name: size for names, size in _SIZES.items() for name in names.split()}
 
 # What a family needs besides: where its default pattern would leave a kind of layer out of six, or sizes depend on
-# each other. `None` for a size means the library's own.
+# each other.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 6, "attn_layer_indices": [2, 5]},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -106,7 +106,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 6, "attention_hidden_size": 64, "attn_layer_period": 3, "attn_layer_offset": 2},
-    "zamba2": {"attention_hidden_size": 64, "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"] * 3, "layer_types": ["linear_attention", "hybrid"] * 3},
+    "zamba2": {"attention_hidden_size": 64, "n_mamba_heads": 8, "layers_block_type": ["linear_attention", "hybrid"] * 3,
+               "layer_types": ["linear_attention", "hybrid"] * 3},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 

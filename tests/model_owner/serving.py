@@ -1,4 +1,4 @@
-"""A whole owner on a thread of this process, with real sockets and keys, whose inside a test can look at and hold up."""
+"""A whole owner on a thread of this process, with real sockets and keys; a test can look inside and hold it up."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def train(kit: Kit, link: TrunkLink, *, before_step: Callable[[int], None] = lam
             mask[0, :4] = 0
             loss = model(input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
             loss.backward()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()
     adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
