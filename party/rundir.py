@@ -55,18 +55,21 @@ class RunDirectory:
         """Where checkpoints stand."""
         return self.path / "checkpoints"
 
-    def prepare(self, settings: TuneSettings) -> None:
-        """Make the directory and write what is known before training.
+    def check(self, *, resume: bool) -> None:
+        """Before anything is done: is there a run to resume, or room for a new one?
 
         Raises:
             UsageError: a run is already there and `--resume` was not given, or the other way round.
         """
-        if self.config.exists() and not settings.resume:
+        if self.config.exists() and not resume:
             raise UsageError(
                 f"{self.path} already holds a run.", hint="add --resume to continue it, or choose another --out"
             )
-        if settings.resume and not self.config.exists():
+        if resume and not self.config.exists():
             raise UsageError(f"{self.path} holds no run to resume.", hint="leave --resume out to start one")
+
+    def prepare(self, settings: TuneSettings) -> None:
+        """Make the directory and write what is known before training. Only a run that begins leaves a directory."""
         self.path.mkdir(parents=True, exist_ok=True)
         to_toml(settings, self.config)
         disclosure = {"protocol": settings.protocol, **protocol_named(settings.protocol).disclosure.to_json()}

@@ -98,7 +98,7 @@ class Session:
     def close(self) -> None:
         """Say goodbye if the link allows it, and close the socket."""
         try:
-            if self.welcome is not None and self.socket.connected:
+            if self.welcome is not None and self.socket.connected and self.talk.state is not State.CLOSED:
                 self._send(Bye(session=self.terms.session), {}, timeout_s=_GOODBYE_S)
                 self._receive(time.monotonic() + _GOODBYE_S)
         except SplitflError:
@@ -133,6 +133,7 @@ class Session:
             RefusedError, UnreachableError, WireError: as their names say.
         """
         with self._lock:
+            self._listen()
             self._flush_releases()
             self._check_size(request)
             self._steps += 1
@@ -158,6 +159,7 @@ class Session:
     def backward(self, step: int, gradient: torch.Tensor) -> torch.Tensor:
         """See `splitfl.link.TrunkLink`."""
         with self._lock:
+            self._listen()
             message = Backward(session=self.terms.session, step=step)
             self._hold_again(step)
             frames = self._send(message, {"gradient": gradient})
@@ -236,14 +238,18 @@ class Session:
         if isinstance(answer, Refused):
             self._recover(answer, message, frames)
         elif isinstance(answer, Closed):
-            raise RefusedError(
-                "The owner has closed the session.",
-                code="draining",
-                hint="start again with --resume once the owner is back",
-            )
+            raise _closed()
         elif turn is Turn.NEW and getattr(answer, "step", None) == message.step:
             return wire.tensors_of(answer, answer_frames)
         return None
+
+    def _listen(self) -> None:
+        """Hear what the owner said unasked since the last answer: that it stops, or that the key is revoked."""
+        while (got := self._receive(0.0)) is not None:
+            if isinstance(got[0], Closed):
+                raise _closed()
+            if isinstance(got[0], Refused) and got[0].code == "revoked":
+                raise _as_error(got[0])
 
     def _receive(self, until: float) -> tuple[FromOwner, Sequence[Frame], Turn] | None:
         """The next message of the owner, checked; None if none came in time."""
@@ -325,6 +331,14 @@ class Session:
             hint="see whether the owner still serves and the link is up, then start again with --resume; "
             "a slow owner needs a larger --timeout",
         )
+
+
+def _closed() -> RefusedError:
+    return RefusedError(
+        "The owner has closed the session.",
+        code="draining",
+        hint="start again with --resume once the owner is back",
+    )
 
 
 def _as_error(refused: Refused) -> SplitflError:

@@ -56,13 +56,16 @@ def tune(settings: TuneSettings) -> int:
     check_device(settings.device)
     kit = open_kit(settings.kit)
     run = RunDirectory(settings.out)
+    run.check(resume=settings.resume)
+    checkpoint = run.latest_checkpoint(kit.plan) if settings.resume else None
     data = read_data(settings, kit)
     say(f"train: {data.train.counts}")
-    run.prepare(settings)
-    checkpoint = run.latest_checkpoint(kit.plan) if settings.resume else None
-    run.drop_unfinished()
-    with contextlib.closing(connect(settings, kit)) as session, RunLog(run.log) as log:
-        return _train(settings, kit, run, data, session, log, checkpoint)
+    with contextlib.closing(connect(settings, kit)) as session:
+        model = _tunable_model(settings, kit, session)
+        run.prepare(settings)
+        run.drop_unfinished()
+        with RunLog(run.log) as log:
+            return _train(settings, kit, run, data, session, model, log, checkpoint)
 
 
 def read_data(settings: TuneSettings, kit: Kit) -> Data:
@@ -115,11 +118,10 @@ def connect(settings: TuneSettings, kit: Kit) -> Session:
 
 
 def _train(
-    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, session: Session, log: RunLog,
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, session: Session, model: PeftModel, log: RunLog,
     checkpoint: Path | None,
 ) -> int:  # fmt: skip
     started = time.monotonic()
-    model = _tunable_model(settings, kit, session)
     progress, stop = TrainingProgress(session, log), StopRequest()
 
     def note_eval(step: int, score: Score, when: str = "during") -> None:

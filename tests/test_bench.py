@@ -16,7 +16,8 @@ import pytest
 from splitfl.bench import children, page
 from splitfl.bench.agreement import Disagreement, compare_losses, compare_texts
 from splitfl.bench.cases import BYTES, PARTY_MEMORY, RATE, STEP, plan_cases, reach_of, verdict
-from splitfl.bench.children import Child
+from splitfl.bench.children import Child, Owner
+from splitfl.bench.course import Course
 from splitfl.bench.figures import Figures, quarters
 from splitfl.bench.run import bench, earlier_results, stopped_by_sigterm
 from splitfl.bench.sizes import SIZES, size_named
@@ -231,6 +232,22 @@ def test_the_table_names_verdicts_and_a_busy_machine(capsys, monkeypatch):
     assert remarks([]) == []
 
 
+def test_without_a_terminal_each_case_has_two_lines_and_the_time_left(capsys):
+    first, second = plan_cases(settings(models=("L",), work="generate"), cores=1)
+    with Course([first, second], steps=1) as course:
+        course.begin(first)
+        course.loaded()
+        for _ in range(3):
+            course.advance()
+        course.end([])
+        course.begin(second)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[1/2] generate L batch 1 float32 1 thread"
+    assert lines[1].startswith("[1/2] generate L batch 1 float32 1 thread: split and monolith did not compute the same")
+    assert lines[2].startswith("[2/2] generate L batch 4 float32 1 thread  about ")
+    assert lines[2].endswith(" left")
+
+
 # ---- files
 
 
@@ -319,6 +336,13 @@ def test_a_child_has_its_threads_and_a_dead_one_says_its_last_words(script):
         assert child.line(30) == b"3\n"
         with pytest.raises(ResourceError, match="ended with code 1: no \N{REPLACEMENT CHARACTER} memory"):
             child.line(30)
+
+
+def test_an_owner_that_cannot_serve_says_why(tmp_path):
+    log = tmp_path / "log"
+    serve = ["--model", str(tmp_path), "--kit", str(tmp_path), "--insecure-loopback", "--bind", "tcp://127.0.0.1:0"]
+    with Owner(serve, threads=1, log=log) as owner, pytest.raises(ResourceError, match=r"code 4: .* is not a kit"):
+        owner.address()
 
 
 def test_a_silent_child_is_given_up_and_a_stubborn_one_killed(script, monkeypatch):

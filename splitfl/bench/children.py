@@ -142,9 +142,10 @@ class Child:
         self._lines.put(None)
 
     def last_words(self) -> str:
-        """The last line of its standard error, safe to print."""
+        """Why it ended, as its standard error says: its error, else its last line; safe to print."""
         said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return printable(said[-1], 200) if said else "it said nothing"
+        errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+        return printable((errors or said or ["it said nothing"])[-1], 300)
 
 
 class Owner(Child):

@@ -75,7 +75,9 @@ class Elsewhere:
 
     def _now(self) -> tuple[float, float, float]:
         times = psutil.cpu_times()
-        busy = times.user + times.system + sum(getattr(times, name, 0.0) for name in ("irq", "softirq", "steal"))
+        busy = (
+            times.user + times.system + sum(getattr(times, name, 0.0) for name in ("nice", "irq", "softirq", "steal"))
+        )
         own = psutil.Process().cpu_times()
         return time.monotonic(), busy, self._ours() + own.user + own.system
 

@@ -152,7 +152,7 @@ class Verdict:
 def families() -> list[str]:
     """Model types of every causal family of the installed library, one for those that share a configuration class."""
     seen: dict[str, str] = {}
-    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, key=len):
         seen.setdefault(CONFIG_MAPPING_NAMES.get(name, name), name)
     return sorted([*seen.values(), *VARIANTS])
 

@@ -68,7 +68,7 @@ def _number(value: float) -> str:
 
 def _cells(difference: Difference | None) -> str:
     if difference is None:
-        return "| | | | | | |"
+        return "| | | | | | | |"
     tokens = [
         "-" if not found else "equal" if all(found) else "differ"
         for found in (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 
 from party.model import open_model
 from splitfl.adapters import add_lora, lora_config
@@ -28,10 +29,19 @@ class Trained:
         assert [name for name in self.adapter if not torch.equal(self.adapter[name], other.adapter[name])] == []
 
 
-def train(kit: Kit, link: TrunkLink, *, before_step: Callable[[int], None] = lambda step: None) -> Trained:
-    """Some steps of AdamW on fixed rows, two micro-batches each, one row padded on the left."""
+def prepare(kit: Kit, link: TrunkLink) -> PeftModel:
+    """A party's model with a fresh adapter, always the same (it is drawn from the process's one generator)."""
     base = open_model(kit, link)
-    model = add_lora(base, lora_config(base, kit.plan, target_modules=["all-linear"]), seed=1).train()
+    return add_lora(base, lora_config(base, kit.plan, target_modules=["all-linear"]), seed=1).train()
+
+
+def train(kit: Kit, link: TrunkLink, *, before_step: Callable[[int], None] = lambda step: None) -> Trained:
+    """Train a fresh adapter; see `run`."""
+    return run(prepare(kit, link), before_step=before_step)
+
+
+def run(model: PeftModel, *, before_step: Callable[[int], None] = lambda step: None) -> Trained:
+    """Some steps of AdamW on fixed rows, two micro-batches each, one row padded on the left."""
     tuned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(tuned, lr=1e-2)
     generator = torch.Generator().manual_seed(2)
