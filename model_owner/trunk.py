@@ -195,7 +195,11 @@ class LocalLink:
         if request.keep:
             output, self._kept[self._steps] = self.trunk.forward_kept(request, recompute=self.recompute)
             return output, self._steps
-        cache = None if request.cache is None else self._caches.setdefault(request.cache, self.trunk.new_cache())
+        cache = None
+        if request.cache is not None:
+            if request.cache not in self._caches:
+                self._caches[request.cache] = self.trunk.new_cache()
+            cache = self._caches[request.cache]
         return self.trunk.forward(request, cache), self._steps
 
     def backward(self, step: int, gradient: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def _print(out: Path, summary: KitSummary) -> None:
         f"{summary.all_tensors} tensors, {summary.given_parameters:,} parameters"
     )
     print(f"keeps    layers {plan.trunk_layers.start} to {plan.trunk_layers.stop - 1}: none of their tensors is in it")
-    if plan.tied:
+    if plan.tied and plan.task == "causal-lm":  # a classifier has no output head over the vocabulary
         print("tied     input embedding and output head are one tensor, which is in the kit")
     if summary.new_head:
         print(f"new      the checkpoint has no {', '.join(summary.new_head)}: drawn afresh, to be tuned by the party")

@@ -97,8 +97,9 @@ class TrainingProgress(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Take the bar away, also after an error."""
-        self._bar.stop()
+        """Take the bar away, also after an error; where none was shown, stopping it would print an empty line."""
+        if self._task is not None:
+            self._bar.stop()
 
     def _tokens(self) -> int:
         return self.trainer.tokens_seen if self.trainer is not None else 0

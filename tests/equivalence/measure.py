@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,15 +176,27 @@ def generate(model: PeftModel, batch: dict[str, torch.Tensor], **options: object
     return tokens[:, batch["input_ids"].shape[1] :]
 
 
-def compare_generation(pair: Pair, result: Difference, new_tokens: int = NEW_TOKENS) -> None:
-    """Greedy and beam search with a cache, without and with left padding, past any sliding window."""
+METHODS: dict[str, dict[str, int]] = {"greedy": {}, "beams": {"num_beams": 3, "num_return_sequences": 2}}
+
+
+def compare_generation(
+    pair: Pair,
+    result: Difference,
+    *,
+    new_tokens: int = NEW_TOKENS,
+    runs: Iterable[tuple[str, str]] = tuple(itertools.product(METHODS, ("none", "left"))),
+) -> None:
+    """Greedy and beam search with a cache, without and with left padding, past any sliding window.
+
+    Args:
+        runs: pairs of method and padding.
+    """
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    for padding in ("none", "left"):
+    for method, padding in runs:
         batch = make_batch(padding, pair.plan.task)
-        for method, options in (("greedy", {}), ("beams", {"num_beams": 3, "num_return_sequences": 2})):
-            whole, split = (generate(model, batch, **length, **options) for model in (pair.full, pair.party))
-            assert whole.shape[1] == new_tokens
-            result.tokens_equal[f"{method}, {padding} padding"] = torch.equal(whole, split)
+        whole, split = (generate(model, batch, **length, **METHODS[method]) for model in (pair.full, pair.party))
+        assert whole.shape[1] == new_tokens
+        result.tokens_equal[f"{method}, {padding} padding"] = torch.equal(whole, split)
 
 
 def measure(family: str, model_dir: Path, cut: tuple[int, int], task: Task = "causal-lm") -> Difference:

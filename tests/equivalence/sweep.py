@@ -26,6 +26,7 @@ from tests.equivalence.measure import Difference, compare_generation, compare_tr
 from tests.families import VOCAB, make_model
 
 NEW_TOKENS = 4
+_RUNS = (("greedy", "none"), ("greedy", "left"), ("beams", "left"))
 TOLERANCE = 1e-6
 LAYERS = 4
 MIXED_LAYERS = 6
@@ -263,7 +264,7 @@ def judge(family: str, cut: tuple[int, int] | None = None) -> Verdict:
                 model.save_pretrained(folder)
                 pair = make_pair(Path(folder), result.cut, targets=_TARGETS.get(family, ("all-linear",)))
             compare_training(pair, result)
-            compare_generation(pair, result, NEW_TOKENS)
+            compare_generation(pair, result, new_tokens=NEW_TOKENS, runs=_RUNS)
         except ModelError as error:
             reason = error.problem.replace(folder, "the checkpoint")
             return Verdict(family=family, verdict="refused", reason=reason, kinds=kinds)

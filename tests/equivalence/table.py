@@ -31,9 +31,9 @@ Measured with {versions}, on the CPU in float32, one thread.
 Each model is tiny and has random weights. It is saved, cut through a real kit, and given the same random LoRA adapter
 (r = 4, on the linear modules of bottom and top) as the unsplit model. Then both are compared, without padding, padded
 right and padded left: the loss, the logits, the gradient of every adapter tensor, the adapter after one AdamW step; and
-tokens generated greedily and by beam search with a KV cache, without padding and padded left. The numbers are the
-largest absolute difference; **0 means equal to the last bit**. A cut (b, t) gives the first b and the last t layers to
-the party.
+tokens generated greedily and by beam search with a KV cache, without padding and padded left (beams of the second table
+padded left alone). The numbers are the largest absolute difference; **0 means equal to the last bit**. A cut (b, t)
+gives the first b and the last t layers to the party.
 
 - *exact*: no difference above 1e-6, all tokens equal.
 - *refused*: `splitfl kit` refuses the model and says why: something other than the hidden state would have to cross.

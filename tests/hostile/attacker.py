@@ -164,10 +164,10 @@ def attackers(owner: Owner, count: int = 1, party: str = PARTIES[1]) -> Iterator
     made = [Attacker(owner, context, party) for _ in range(count)]
     try:
         yield made
+    finally:
         if numbers := sorted(set().union(*(each.greeted for each in made))):
             made.append(Attacker(owner, context, party))
             made[-1].leave(numbers)
-    finally:
         for each in made:
             each.link.close(0)
         context.destroy(linger=0)

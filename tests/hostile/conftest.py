@@ -74,6 +74,13 @@ def foe(owner: Owner, besieged: Honest) -> Iterator[Attacker]:
         yield one
 
 
+@pytest.fixture
+def lone_foe(owner: Owner, honest: Honest) -> Iterator[Attacker]:
+    """An attacker while the honest party is idle, so that what it can take is always the same."""
+    with attacker(owner) as one:
+        yield one
+
+
 def check_log(owner: Owner) -> None:
     """The owner lives, met no error of its own, and wrote down no value, no row and no key."""
     assert owner.running.process.poll() is None, owner.running.stderr.text

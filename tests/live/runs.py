@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from splitfl.data import load_rows, tokenise
+from splitfl.data import Truncation, load_rows, tokenise
 from splitfl.kit import open_kit
 from splitfl.metrics import read_run
 from tests.live.models import Rows
@@ -58,12 +58,12 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
 
 
-def loss_row_by_row(model: nn.Module, kit_dir: Path, path: Path, *, bos_token_id: int | None = None) -> float:
+def loss_row_by_row(model: nn.Module, kit_dir: Path, path: Path, *, truncation: Truncation = "error") -> float:
     """Mean loss a token in nats, each row alone and so without any padding."""
     kit = open_kit(kit_dir)
     rows = load_rows(path, task="causal-lm")
     total, counted = 0.0, 0
-    for example in tokenise(rows, kit.tokenizer(), max_length=kit.plan.max_length or 2048, bos_token_id=bos_token_id):
+    for example in tokenise(rows, kit.tokenizer(), max_length=kit.plan.max_length or 2048, truncation=truncation):
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])[1:]
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
