@@ -117,6 +117,6 @@ def new_session(
             width=width, max_tokens=limits.max_tokens, max_length=limits.max_length, wire_dtype=message.wire_dtype
         ),
         recompute=limits.recompute or message.memory == "recompute",
-        route=envelope.route,
+        routes=[envelope.route],
         budget=share,
     )

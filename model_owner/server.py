@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -120,10 +121,10 @@ class Server:
             else:
                 self._dispatch(envelope, cast("FromParty", message))
         except wire.Violation as violation:
-            self._refuse(envelope.route, number, violation)
+            self._refuse([envelope.route], number, violation)
         except Exception:
             log.exception("a request could not be handled")
-            self._refuse(envelope.route, number, refusals.internal())
+            self._refuse([envelope.route], number, refusals.internal())
 
     def _greet(self, envelope: Envelope, message: Hello, party: str) -> None:
         wire.check_frames(message, envelope.frames, self._greeting_limits)
@@ -134,7 +135,7 @@ class Server:
                 raise refusals.draining()
             held = self._open(envelope, message, party)
         held.talk.receive(message)
-        self._heard(held, envelope)
+        held.heard(envelope.route)
         welcome = Welcome(
             session=message.session,
             version=message.version,
@@ -146,7 +147,7 @@ class Server:
         )
         held.talk.send(welcome)
         self.table.add(held)
-        self._send(envelope.route, wire.encode(welcome, {}))
+        self._send([envelope.route], wire.encode(welcome, {}))
         if is_new:
             self.counters.sessions += 1
             self._note("session open: party %s, protocol %s, %s", party, message.protocol, message.wire_dtype)
@@ -170,9 +171,9 @@ class Server:
             turn = held.talk.receive(message)
         except wire.Violation as violation:
             # The party waits for this very step: the refusal names it.
-            self._refuse(envelope.route, message.session, violation, step=getattr(message, "step", None))
+            self._refuse([envelope.route], message.session, violation, step=getattr(message, "step", None))
             return
-        self._heard(held, envelope)
+        held.heard(envelope.route)
         match message:
             case Forward() | Backward():
                 self._start(held, message, envelope, turn)
@@ -190,7 +191,7 @@ class Server:
         if turn is Turn.RETRY and request in held.under_way:
             return  # its answer is on the way, and goes to the route heard last
         if turn is Turn.RETRY and request in held.replies:
-            self._send(envelope.route, held.replies[request])
+            self._send([envelope.route], held.replies[request])
             return
         size = sum(map(nbytes, envelope.frames))
         if self._draining:
@@ -204,7 +205,7 @@ class Server:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             return
-        self._refuse(envelope.route, message.session, problem, step=message.step, held=held)
+        self._refuse([envelope.route], message.session, problem, step=message.step, held=held)
 
     async def _serve(self, held: HeldSession, message: Forward | Backward, envelope: Envelope, size: int) -> None:
         """Schedule one request and answer it; if its session has ended meanwhile, nobody is told."""
@@ -217,14 +218,14 @@ class Server:
             if self._is_open(held):
                 held.talk.send(wire.open_header(outcome.frames, sender="owner"))
                 held.remember(request, outcome.frames)
-                self._send(held.route, outcome.frames)
+                self._send(held.routes, outcome.frames)
         except wire.Violation as violation:
             if self._is_open(held):
-                self._refuse(held.route, held.key[1], violation, step=message.step, held=held)
+                self._refuse(held.routes, held.key[1], violation, step=message.step, held=held)
         except Exception:
             log.exception("a %s could not be served", kind(message))
             if self._is_open(held):
-                self._refuse(held.route, held.key[1], refusals.internal(), step=message.step, held=held)
+                self._refuse(held.routes, held.key[1], refusals.internal(), step=message.step, held=held)
         finally:
             self._waiting_bytes -= size
             held.under_way.discard(request)
@@ -286,16 +287,12 @@ class Server:
 
     # ---- replies
 
-    def _heard(self, held: HeldSession, envelope: Envelope) -> None:
-        held.last_heard = time.monotonic()
-        held.route = envelope.route
-
-    def _send(self, route: bytes, frames: list[Frame]) -> None:
-        if not self.socket.send(route, frames):
+    def _send(self, routes: Sequence[bytes], frames: list[Frame]) -> None:
+        if not any(self.socket.send(route, frames) for route in reversed(routes)):
             log.debug("a reply found no peer; it is kept until the party asks again")
 
     def _refuse(
-        self, route: bytes, number: int, violation: wire.Violation, *, step: int | None = None,
+        self, routes: Sequence[bytes], number: int, violation: wire.Violation, *, step: int | None = None,
         held: HeldSession | None = None,
     ) -> None:  # fmt: skip
         self.counters.refusals[violation.code] = self.counters.refusals.get(violation.code, 0) + 1
@@ -311,13 +308,13 @@ class Server:
         if held is not None:
             with contextlib.suppress(wire.Violation):
                 held.talk.send(refused)
-        self._send(route, wire.encode(refused, {}))
+        self._send(routes, wire.encode(refused, {}))
 
     def _say_closed(self, held: HeldSession) -> None:
         closed = Closed(session=held.key[1])
         with contextlib.suppress(wire.Violation):
             held.talk.send(closed)
-        self._send(held.route, wire.encode(closed, {}))
+        self._send(held.routes, wire.encode(closed, {}))
         self._end(held)
 
     def _is_open(self, held: HeldSession) -> bool:
@@ -351,7 +348,7 @@ class Server:
         for held in self.table:
             if self.admission.allowed(held.key[0].encode()) is None:
                 log.info("session of %s ended: its key was revoked", held.party)
-                self._refuse(held.route, held.key[1], refusals.revoked())
+                self._refuse(held.routes, held.key[1], refusals.revoked())
                 self._end(held)
 
     def _end_expired(self) -> None:

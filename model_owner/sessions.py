@@ -23,6 +23,7 @@ SessionKey: TypeAlias = tuple[str, int]
 Request: TypeAlias = tuple[str, int]
 """Kind and step."""
 
+_ROUTES_REMEMBERED = 4  # what waited in a link that broke may be read after what the party said on its next one
 _REPLIES_REMEMBERED = 4  # a party resends what is unanswered, and it has few requests under way
 
 
@@ -46,7 +47,8 @@ class HeldSession:
     talk: OwnerSession
     limits: Limits
     recompute: bool
-    route: bytes
+    routes: list[bytes]
+    """Where the party was heard, the latest last: its answer goes there, or to an earlier one if that link is gone."""
     budget: Share
     """Shared by all sessions of one party."""
     last_heard: float = field(default_factory=time.monotonic)
@@ -57,6 +59,11 @@ class HeldSession:
     served_tokens: int = 0
     cache_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a cache is in use: requests on caches of one session do not overlap."""
+
+    def heard(self, route: bytes) -> None:
+        """Note that the party is there, and where."""
+        self.last_heard = time.monotonic()
+        self.routes = [*(known for known in self.routes if known != route), route][-_ROUTES_REMEMBERED:]
 
     def silent_for(self, seconds: float) -> bool:
         """Whether nothing is under way, and nothing was heard or answered for so long."""

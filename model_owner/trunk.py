@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,8 @@ class Trunk:
         self._entrance = entrance(base, plan.stack)
         first, last = plan.trunk_layers.start, plan.trunk_layers.stop - 1
         layers = module_at(base, plan.stack)
-        parameter = next(layers[first].parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device = next(layers[first].parameters()).device
+        self.dtype = _main_dtype(layers[first])
         self._accepts = set(inspect.signature(self._entrance.forward).parameters)
         self._embedding_width = _embedding_width(base, plan)
         self._at_door = threading.local()
@@ -137,6 +138,15 @@ class Trunk:
             for index in range(self.plan.trunk_layers.stop, self.plan.layers):
                 count_positions(cache, index, hidden)
         raise _TrunkDone(hidden)
+
+
+def _main_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of most of a layer's numbers: some families keep a router or a norm in float32 whatever is asked."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in layer.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def _embedding_width(base: PreTrainedModel, plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -28,7 +29,11 @@ def make_kit(settings: KitSettings) -> None:
     )
     _print(settings.out, summary)
     if settings.verify:
-        _verify(settings)
+        try:
+            _verify(settings)
+        except BaseException:
+            shutil.rmtree(settings.out)  # nobody shall receive a kit that computes something else
+            raise
     if settings.json is not None:
         write_results(settings.json, "kit", settings, _results(summary))
 

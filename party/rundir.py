@@ -11,6 +11,7 @@ report.html        for people
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class RunDirectory:
     def prepare(self, settings: TuneSettings) -> None:
         """Make the directory and write what is known before training. Only a run that begins leaves a directory."""
         self.path.mkdir(parents=True, exist_ok=True)
-        to_toml(settings, self.config)
+        to_toml(_from_anywhere(settings), self.config)
         disclosure = {"protocol": settings.protocol, **protocol_named(settings.protocol).disclosure.to_json()}
         replace_text(self.path / "disclosure.json", json.dumps(disclosure, indent=2) + "\n")
 
@@ -127,3 +128,9 @@ class RunDirectory:
             if not (path / _COMPLETE).is_file():
                 with contextlib.suppress(OSError):
                     shutil.rmtree(path)
+
+
+def _from_anywhere(settings: TuneSettings) -> TuneSettings:
+    """The settings with absolute paths: a later command that remembers them may be given in another directory."""
+    paths: Any = {name: value.absolute() for name, value in vars(settings).items() if isinstance(value, Path)}
+    return dataclasses.replace(settings, **paths)

@@ -170,15 +170,15 @@ def _rows(model: PreTrainedModel, plan: Plan) -> tuple[torch.Tensor, torch.Tenso
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, slice(padded) if plan.task == "causal-lm" else slice(length - padded, None)] = 0
-    padding = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    return ids.masked_fill(mask == 0, max(padding, 0)), mask
+    padding = getattr(config, "pad_token_id", None)
+    return ids.masked_fill(mask == 0, padding if isinstance(padding, int) and padding >= 0 else 0), mask
 
 
 @torch.no_grad()
 def _generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     settings = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, use_cache=True,
-        output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=model.config.eos_token_id,
+        output_logits=True, return_dict_in_generate=True, pad_token_id=0,
     )  # fmt: skip
     generate: Callable[..., Any] = model.generate
     output = generate(input_ids=ids, attention_mask=mask, generation_config=settings)

@@ -94,9 +94,19 @@ def lora_config(
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
-    """Wrap `model` with fresh adapters; a classification head is tuned whole, as PEFT does for that task."""
+    """Wrap `model` with fresh adapters; a classification head is tuned whole, as PEFT does for that task.
+
+    Raises:
+        UsageError: PEFT cannot adapt one of the modules chosen.
+    """
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(
+            f"PEFT cannot adapt {', '.join(sorted(config.target_modules or ()))} of this model: {error}",
+            hint="name other modules with --target-modules",
+        ) from error
 
 
 def open_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:

@@ -242,6 +242,7 @@ def _probe_layer(config: PreTrainedConfig, task: Task, stack: str) -> tuple[int,
         raise ModelError(
             f"The attention mask of a {family} model is made outside the module around its layers.",
             expected="a model whose masks follow from a mask of the tokens: [rows, positions]",
+            hint="if a language model stands inside it, save that alone with `save_pretrained` and cut it",
         )
     if hidden.ndim != 3 or hidden.shape[:2] != (1, 4):
         raise ModelError(

@@ -32,6 +32,7 @@ from tests.journey import MODEL, batch_of
 TRIED_FIRST = 64
 EXACT = 1e-3  # relative distance at which a token fits; from a tuned bottom none does, and the usual distance counts
 RANDOM_ROWS, RANDOM_LENGTH = 40, 256
+ROWS = 4
 STEPS, LEARNING_RATE = 30, 1e-3
 
 Figures = dict[str, Any]
@@ -193,7 +194,7 @@ def _recorded(folder: Path, *, top: int, steps: int) -> tuple[Recorder, dict[str
     link = Recorder(Trunk(load_trunk_side(MODEL, kit.plan, dtype=torch.float32), kit.plan))
     base = open_model(kit, link)
     model = add_lora(base, lora_config(base, kit.plan, target_modules=["all-linear"]), seed=0)
-    batch, _ = batch_of(kit)
+    batch = {name: tensor[:ROWS] for name, tensor in batch_of(kit)[0].items()}
     return link, batch, _tune(model, batch, steps)
 
 

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 TRAIN_ROWS, HELD_ROWS = 480, 60
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def prepare(model: Path, rows: Path, out: Path) -> None:
@@ -24,9 +25,7 @@ def prepare(model: Path, rows: Path, out: Path) -> None:
     (out / "model").mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(model / name, out / "model" / name)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(model / "tokenizer.json"), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"), **SPECIAL)
     # The model was pretrained on stories that begin with <s>; its tokenizer file does not say so.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]

@@ -12,6 +12,7 @@ from party.selfcheck import check_cut
 from splitfl.errors import ModelError
 from splitfl.kit import open_kit, write_kit
 from splitfl.load import load_trunk_side
+from tests.equivalence.sweep import build
 from tests.families import ENCODERS, save_model
 
 
@@ -35,6 +36,17 @@ def test_halves_in_a_short_format_pass(tmp_path):
     outcome = check_cut(*cut_model("llama", tmp_path, "bfloat16"))
     assert outcome.dtype == "bfloat16"
     assert outcome.largest <= outcome.tolerance < 0.1
+
+
+def test_a_layer_that_keeps_a_part_in_float32_passes_in_a_short_format(tmp_path):
+    build("flint").save_pretrained(tmp_path / "model")
+    write_kit(tmp_path / "model", tmp_path / "kit", bottom=1, top=1, dtype="bfloat16")
+    kit = open_kit(tmp_path / "kit")
+    trunk = Trunk(load_trunk_side(tmp_path / "model", kit.plan, dtype=torch.bfloat16), kit.plan)
+    assert {p.dtype for p in trunk.base.parameters()} == {torch.bfloat16, torch.float32}
+    assert trunk.dtype == torch.bfloat16
+    outcome = check_cut(tmp_path / "model", kit, trunk)
+    assert outcome.largest <= outcome.tolerance
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,5 +48,7 @@ def tune_config(rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(owner: Owner, tune_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that nothing disturbed; beside it stands ``tune.json``."""
     folder = tmp_path_factory.mktemp("finished")
-    splitfl("tune", *owner.link(), "--config", tune_config, "--out", "run", "--json", "tune.json", folder=folder)
+    # Relative paths, as people write them; later commands run elsewhere and find everything all the same.
+    link = [os.path.relpath(word, folder) if isinstance(word, Path) else word for word in owner.link()]
+    splitfl("tune", *link, "--config", tune_config, "--out", "run", "--json", "tune.json", folder=folder)
     return folder / "run"

@@ -64,6 +64,7 @@ def test_bfloat16_on_the_wire_halves_the_bytes_and_rounds(owner, rows):
     assert 0 < distance(exact_gradients, rounded_gradients) < 0.1
 
 
+@pytest.mark.slow  # it has an owner of its own
 def test_computing_in_bfloat16_is_exact_too(bf16_owner, rows):
     with twins(bf16_owner, session={"wire_dtype": "bfloat16"}) as pair:
         shake(pair.split)

@@ -17,6 +17,8 @@ from tests.live.child import splitfl_here
 from tests.live.models import tokenizer_of, whole_model
 from tests.live.runs import STEPS, checkpoints, events, loss_row_by_row
 
+pytestmark = pytest.mark.slow
+
 
 def figures(path, name):
     """The results of a ``--json`` file by metric, after its shape has been checked."""
@@ -35,7 +37,6 @@ def tuned(owner, finished):
     return PeftModel.from_pretrained(whole_model(owner.model_dir), finished / "adapter").eval()
 
 
-@pytest.mark.slow
 def test_a_run_directory_holds_what_it_should(finished):
     assert {path.name for path in finished.iterdir()} == {
         "adapter", "checkpoints", "config.toml", "disclosure.json", "report.html", "run.jsonl",
@@ -50,7 +51,6 @@ def test_a_run_directory_holds_what_it_should(finished):
     assert page.rstrip().endswith("</html>")
 
 
-@pytest.mark.slow
 def test_the_log_of_a_run_is_whole(finished):
     [start], [end] = events(finished, "start"), events(finished, "end")
     assert (start["protocol"], start["bottom"], start["top"], start["layers"]) == ("split", 2, 2, 6)
@@ -66,7 +66,6 @@ def test_the_log_of_a_run_is_whole(finished):
     assert end["bytes_sent"] > sum(record["bytes_sent"] for record in training)
 
 
-@pytest.mark.slow
 def test_the_settings_of_a_run_are_written_as_resolved(finished, tune_config):
     written = tomllib.loads((finished / "config.toml").read_text(encoding="utf-8"))
     asked = tomllib.loads(tune_config.read_text(encoding="utf-8"))["tune"]
@@ -76,7 +75,6 @@ def test_the_settings_of_a_run_are_written_as_resolved(finished, tune_config):
     assert TuneSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in again.items()}).max_steps == STEPS
 
 
-@pytest.mark.slow
 def test_the_figures_of_a_run(finished):
     found = figures(finished.parent / "tune.json", "tune")
     assert found["steps"]["value"] == STEPS
@@ -87,7 +85,6 @@ def test_the_figures_of_a_run(finished):
     assert after["loss"] < before["loss"] - 0.1
 
 
-@pytest.mark.slow
 def test_evaluate_agrees_with_the_whole_model(owner, rows, finished, tuned, tmp_path):
     splitfl_here("evaluate", "--run", finished, "--eval", rows.held_out, "--json", tmp_path / "out.json")
     found = figures(tmp_path / "out.json", "evaluate")
@@ -98,7 +95,6 @@ def test_evaluate_agrees_with_the_whole_model(owner, rows, finished, tuned, tmp_
     assert events(finished, "eval")[0]["loss"] == pytest.approx(plain, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_generate_writes_what_the_whole_model_would(owner, finished, tuned, tmp_path, capsys):
     prompt = "Agnes sang,"
     words = ("--prompt", prompt, "--max-new-tokens", "16", "--json", tmp_path / "out.json")

@@ -25,6 +25,7 @@ from tests.live.relay import relay
 from tests.live.runs import adapter_in, write_config
 from tests.live.search import found_in, windows
 
+pytestmark = pytest.mark.slow
 PROMPT = "Agnes carried forty-two crates"
 DIRECTIONS = {"sent": "party to owner", "received": "owner to party"}
 COMMON = {"type", "session", "tensors"}

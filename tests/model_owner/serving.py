@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from model_owner.admission import ServerLimits
@@ -19,6 +20,7 @@ from party.connect import open_session
 from party.session import Session
 from splitfl.wire.channel import OwnerSocket
 from splitfl.wire.keys import AllowList, load_keys
+from tests.hostile.attacker import Attacker, attacker
 from tests.live.owner import PARTIES, make_keys
 
 T = TypeVar("T")
@@ -175,3 +177,11 @@ def serving(
         if owner.is_running:
             owner.stop()
         owner.join()
+
+
+@contextmanager
+def raw(owner: Serving, kit: tuple[Path, Path], party: str = PARTIES[0]) -> Iterator[Attacker]:
+    """A connection on which a test sends whatever it likes; `kit` is the model directory and the kit's."""
+    reach: Any = SimpleNamespace(address=owner.address, keys=owner.keys, kit_dir=kit[1])
+    with attacker(reach, party) as one:
+        yield one

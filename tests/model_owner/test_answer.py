@@ -31,7 +31,7 @@ def session_of(answerer, *, wire_dtype="float32", recompute=False):
         talk=OwnerSession(terms, PROTOCOLS["split"].disclosure),
         limits=wire.Limits(width=plan.width, max_tokens=4096, max_length=128, wire_dtype=wire_dtype),
         recompute=recompute,
-        route=b"\0abcd",
+        routes=[b"\0abcd"],
         budget=SessionTable(60.0).share("a" * 40, answerer.budget),
     )
 

@@ -12,7 +12,7 @@ from splitfl.link import TrunkRequest
 from splitfl.wire import frames as wire
 from splitfl.wire.messages import Backward, Forward, kind
 from tests.model_owner.cutter import cutter
-from tests.model_owner.serving import PATIENCE_S, serving
+from tests.model_owner.serving import PATIENCE_S, raw, serving
 from tests.model_owner.training import train
 
 
@@ -83,12 +83,12 @@ def test_a_lost_answer_is_sent_again_from_memory(trunk, tmp_path, hidden, word):
         asking = threading.Thread(target=ask)
         asking.start()
         owner.until(lambda: done() == before + 1 and not held.under_way)
-        route = held.route
+        route = held.routes[-1]
         road.cut()
         asking.join(PATIENCE_S)
         assert not asking.is_alive()
         assert done() == before + 1
-        assert held.route != route
+        assert held.routes[-1] != route
         assert witness.times == sent + 2
     witness.assert_same_bytes()
     if step:
@@ -111,9 +111,9 @@ def test_an_answer_goes_to_the_link_that_asked_last(trunk, tmp_path, hidden):
             asking = threading.Thread(target=lambda: results.append(session.forward(TrunkRequest(hidden=hidden))))
             asking.start()
             owner.until(lambda: bool(held.under_way))
-            route = held.route
+            route = held.routes[-1]
             road.cut()
-            owner.until(lambda: held.route != route)
+            owner.until(lambda: held.routes[-1] != route)
         asking.join(PATIENCE_S)
         assert not asking.is_alive()
         assert owner.server.counters.forwards == 1
@@ -157,3 +157,20 @@ def test_an_owner_that_forgets_between_forward_and_backward(trunk, tmp_path, hid
     _, kept = trunk.forward_kept(TrunkRequest(hidden=hidden), recompute=False)
     assert torch.equal(result, trunk.backward(kept, hidden))
     witness.assert_same_bytes()
+
+
+def test_an_answer_finds_the_link_that_lives(trunk, tmp_path, tiny_llama, hidden):
+    """What was sent on a link that broke may be read after the same request on the next one; it must not win."""
+    with serving(trunk, tmp_path) as owner, raw(owner, tiny_llama) as new:
+        new.opened()
+        with raw(owner, tiny_llama) as old, owner.busy():
+            old.number = new.number
+            held = owner.held()[0]
+            new.forward(1, hidden, keep=True)
+            owner.until(lambda: bool(held.under_way))
+            living = held.routes[-1]
+            old.forward(1, hidden, keep=True)
+            owner.until(lambda: held.routes[-1] != living)
+            old.link.close(0)
+            owner.until(lambda: not owner.server.socket.send(held.routes[-1], [b"anybody there?"]))
+        assert torch.equal(new.result(), trunk.forward(TrunkRequest(hidden=hidden)))

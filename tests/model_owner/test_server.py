@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import closing, contextmanager
-from types import SimpleNamespace
+from contextlib import closing
 
 import pytest
 import torch
@@ -14,23 +13,14 @@ import torch
 from splitfl.errors import RefusedError
 from splitfl.link import TrunkRequest
 from splitfl.wire.messages import Bye, Closed, Forward, Release, Welcome
-from tests.hostile.attacker import attacker
 from tests.live.owner import PARTIES
-from tests.model_owner.serving import PATIENCE_S, serving
+from tests.model_owner.serving import PATIENCE_S, raw, serving
 from tests.model_owner.training import prepare, run, train
 
 
 @pytest.fixture
 def hidden(trunk):
     return torch.randn(2, 6, trunk.plan.width, generator=torch.Generator().manual_seed(8))
-
-
-@contextmanager
-def raw(owner, tiny_llama, party=PARTIES[0]):
-    """A connection on which a test sends whatever it likes."""
-    reach = SimpleNamespace(address=owner.address, keys=owner.keys, kit_dir=tiny_llama[1])
-    with attacker(reach, party) as one:
-        yield one
 
 
 class Asking:

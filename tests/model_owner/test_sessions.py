@@ -34,7 +34,7 @@ def held_session(table, budget, sender="a" * 40, number=1, max_tokens=16):
         talk=OwnerSession(terms, PROTOCOLS["split"].disclosure),
         limits=Limits(width=4, max_tokens=max_tokens, max_length=16, wire_dtype="float32"),
         recompute=False,
-        route=b"\0abcd",
+        routes=[b"\0abcd"],
         budget=table.share(sender, budget),
     )
     table.add(held)
@@ -146,3 +146,10 @@ def test_a_reply_made_again_counts_as_the_last(table, budget):
     for step in (1, 2, 3, 4, 1, 5):
         held.remember(("forward", step), frames(1))
     assert [step for _, step in held.replies] == [3, 4, 1, 5]
+
+
+def test_the_last_places_where_a_party_was_heard_are_remembered(table, budget):
+    held = held_session(table, budget)
+    for route in (b"1", b"2", b"3", b"1", b"1", b"4", b"5"):
+        held.heard(route)
+    assert held.routes == [b"3", b"1", b"4", b"5"]
