@@ -165,9 +165,11 @@ def measure(folder: Path, say: Callable[[str], None] = lambda text: None) -> Fig
     link, batch, losses = _recorded(folder / "kit", top=2, steps=STEPS)
     lengths = batch["attention_mask"].sum(-1).tolist()
     figures: Figures = {"tokens": sum(lengths), "steps": STEPS, "losses": (losses[0], losses[-1])}
-    for when, request in (("first step", link.seen[0]), ("after tuning", link.seen[-1])):
+    first, last = link.seen[0].hidden, link.seen[-1].hidden
+    cases = {"first step": first, "first step, bfloat16": first.bfloat16().float(), "after tuning": last}
+    for when, crossed in cases.items():
         by_matrix = by_search = 0
-        for hidden, ids, length in zip(request.hidden, batch["input_ids"], lengths, strict=True):
+        for hidden, ids, length in zip(crossed, batch["input_ids"], lengths, strict=True):
             by_matrix += int((likeliest(bottom, matrix, hidden[:length])[:, 0] == ids[:length]).sum())
             found = read_row(bottom, matrix, hidden[:length])
             by_search += int((torch.tensor(found) == ids[:length]).sum())

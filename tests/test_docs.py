@@ -320,11 +320,12 @@ def test_figures_of_the_threat_model_are_those_that_are_measured(tmp_path):
     found = reading_back.measure(tmp_path)
     tokens = found["tokens"]
     assert f"{tokens} tokens" in text
-    assert found["by search, first step"] == found["by search, after tuning"] == tokens
-    assert f"left to right | {tokens} of {tokens} tokens | {tokens} of {tokens} tokens |" in text
-    by_matrix = re.findall(r"\| (\d+) of \d+ tokens \| (\d+) of \d+ tokens \|", text)[1]
-    for said, when in zip(by_matrix, ("first step", "after tuning"), strict=True):
-        assert abs(int(said) - found[f"by one matrix, {when}"]) < tokens // 20
+    cases = ("first step", "first step, bfloat16", "after tuning")
+    assert [found[f"by search, {case}"] for case in cases] == [tokens] * 3
+    by_search, by_matrix = re.findall(r"\| (\d+) of \d+ tokens \| (\d+) of \d+ tokens \| (\d+) of \d+ tokens \|", text)
+    assert [int(said) for said in by_search] == [tokens] * 3
+    for said, case in zip(by_matrix, cases, strict=True):
+        assert abs(int(said) - found[f"by one matrix, {case}"]) < tokens // 20
     answers = found["answer tokens"]
     assert found["answers from the gradient, no top"] == answers
     assert f"{answers} of {answers} answer tokens" in text
