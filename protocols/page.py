@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from protocols import PROTOCOLS
 from protocols.record import Protocol
+from splitfl.privacy.disclosure import Crossing
 
 _HEAD = """\
 # Protocols
 
 Written by `make docs` from the records in `protocols/`. The same records are enforced: a session refuses every message
-and every tensor that its protocol does not list here.
+and every tensor that its protocol does not list here. [wire.md](wire.md#messages) has the messages field by field,
+[threat-model.md](threat-model.md) what can be done with what crosses.
 """
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    return "\n".join([_HEAD, *(line for protocol in PROTOCOLS.values() for line in _section(protocol))])
+    sections = (line for protocol in PROTOCOLS.values() for line in _section(protocol))
+    return "\n".join([_HEAD, *_overview(), *sections])
+
+
+def _overview() -> Iterator[str]:
+    yield "| protocol | the party trains | tensors to the owner | tensors to the party |"
+    yield "|---|---|---|---|"
+    for protocol in PROTOCOLS.values():
+        crossings = protocol.disclosure.crossings
+        up, down = (_tensors(c for c in crossings if c.direction.startswith(side)) for side in ("party", "owner"))
+        yield _row(f"[`{protocol.name}`](#{protocol.name})", protocol.party_trains, up, down)
+    yield ""
+
+
+def _tensors(crossings: Iterable[Crossing]) -> str:
+    return ", ".join(f"{c.tensor} ({c.message})" for c in crossings if c.tensor) or "none"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _section(protocol: Protocol) -> Iterator[str]:
@@ -28,7 +49,7 @@ def _section(protocol: Protocol) -> Iterator[str]:
     yield "| message | tensor | direction | what it is | how often | proven bound |"
     yield "|---|---|---|---|---|---|"
     for c in disclosure.crossings:
-        yield f"| {c.message} | {c.tensor or 'header only'} | {c.direction} | {c.content} | {c.how_often} | {c.bound} |"
+        yield _row(c.message, c.tensor or "header only", c.direction, c.content, c.how_often, c.bound)
     yield "\nNever crosses: " + "; ".join(disclosure.never) + ".\n"
     yield f"In plain words: {disclosure.in_plain_words}\n"
 

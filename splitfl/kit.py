@@ -312,9 +312,14 @@ def write_kit(
         given_parameters=sum(p.numel() for p in model.parameters()),
         all_tensors=len(checkpoint),
         given_tensors=len(given),
-        new_head=sorted(set(given) - set(checkpoint)) if task == "sequence-classification" else [],
+        new_head=_not_in(checkpoint, given, model.base_model_prefix) if task == "sequence-classification" else [],
         bytes=sum(file.stat().st_size for file in out.iterdir()),
     )
+
+
+def _not_in(checkpoint: dict[str, Path], given: dict[str, Path], prefix: str) -> list[str]:
+    """Tensors of the kit that the checkpoint lacks; one of a bare base model names its tensors without the prefix."""
+    return sorted(n for n in given if n not in checkpoint and n.removeprefix(prefix + ".") not in checkpoint)
 
 
 def _assert_no_trunk(names: dict[str, Path], plan: Plan) -> None:

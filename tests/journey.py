@@ -283,11 +283,21 @@ def _retry(folder: Path, kit: Kit, running: Child, port: str) -> Figures:
             session.close()
     forwards, backwards = tap.of("forward"), tap.of("backward")
     return {
-        "messages of the retry": words,
+        "messages of the retry": _once(words),
         "both forwards are the same bytes": forwards[0].frames == forwards[1].frames,
         "all backwards are the same bytes": all(each.frames == backwards[0].frames for each in backwards),
         "backwards": len(backwards),
     }
+
+
+def _once(words: list[str]) -> list[str]:
+    """`words` without a request that was repeated because the link was up again, and without what came of it."""
+    once: list[str] = []
+    for word in words:
+        repeated = word == "<- refused" and word in once
+        if not repeated and once[-1:] != [word]:
+            once.append(word)
+    return once
 
 
 def _remote(kit: Kit, session: Session) -> Any:
