@@ -15,6 +15,7 @@ safety against a quantum computer, and nothing at all against the other side its
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import os
 import re
@@ -188,13 +189,18 @@ class AllowList:
         return sorted(self._names.values())
 
     def reload(self) -> None:
-        """Read the folder again."""
-        self._seen = self._listing()
-        self._names, self.problems = {}, {}
-        for file_name in sorted(entry[0] for entry in self._seen):
+        """Read the folder again. What cannot be read for want of file handles stays as it was, for the time being."""
+        seen, before = self._listing(), self._names
+        if seen is None:
+            return
+        self._seen, self._names, self.problems = seen, {}, {}
+        for file_name in sorted(entry[0] for entry in seen):
             try:
                 self._admit(self.folder / file_name)
             except (KeyFileError, UsageError) as error:
+                if _is_out_of_handles(error.__cause__):
+                    self._names, self._seen = before, None  # looked at again next time
+                    return
                 self.problems[file_name] = error.problem
 
     def add(self, path: Path) -> str:
@@ -255,12 +261,19 @@ class AllowList:
             raise KeyFileError(f"It holds the same key as {self._names[public]}{PUBLIC_SUFFIX}.")
         self._names[public] = name
 
-    def _listing(self) -> frozenset[tuple[str, int, int, int]]:
-        """Name, inode, size and time of change of each key file: differs whenever one of them was touched."""
-        return frozenset(self._entries())
+    def _listing(self) -> frozenset[tuple[str, int, int, int]] | None:
+        """Name, inode, size and time of change of each key file: differs whenever one of them was touched.
+
+        What was seen last, if there is no file handle left to look with: otherwise anybody who opens connections
+        until that is so would have every party revoked.
+        """
+        try:
+            return frozenset(self._entries())
+        except OSError as error:
+            return self._seen if _is_out_of_handles(error) else frozenset()
 
     def _entries(self) -> Iterator[tuple[str, int, int, int]]:
-        with suppress(OSError), os.scandir(self.folder) as entries:
+        with os.scandir(self.folder) as entries:
             for entry in entries:
                 if not entry.name.endswith(PUBLIC_SUFFIX) or entry.name.startswith("."):
                     continue
@@ -273,6 +286,10 @@ class AllowList:
 
 
 # ---- files
+
+
+def _is_out_of_handles(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _certificate(public: bytes, secret: bytes | None = None) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import signal
 import socket
+import time
 
 import pytest
 import torch
@@ -47,6 +50,30 @@ def test_a_link_that_is_no_party(besieged, owner, first_bytes):
                 link.sendall(first_bytes)
         with owner.session() as another:
             assert another.welcome is not None
+
+
+def test_strangers_who_use_up_all_file_handles_revoke_nobody(honest, owner):
+    """Who is admitted is read from files: without a handle to look with, what was seen last holds."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("sets another process's limits")
+    process = owner.running.process.pid
+    before = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    used = len(os.listdir(f"/proc/{process}/fd"))
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (used + 10, before[1]))
+    try:
+        with raw_links(owner, 40):
+            for _ in within(PATIENCE_S):
+                if len(os.listdir(f"/proc/{process}/fd")) >= used + 10:
+                    break
+            os.kill(process, signal.SIGHUP)
+            deadline = time.monotonic() + 1.2  # two rounds of the owner's upkeep
+            while time.monotonic() < deadline:
+                honest.round()
+    finally:
+        resource.prlimit(process, resource.RLIMIT_NOFILE, before)
+    with owner.session() as another:
+        assert another.welcome is not None
 
 
 @pytest.mark.parametrize("secured", [False, True], ids=["no security", "a stranger's key"])
