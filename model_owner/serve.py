@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,7 +43,11 @@ def serve(settings: ServeSettings) -> None:
         ModelError: the kit was cut from another model.
         KeyFileError, ResourceError, UsageError: as their names say.
     """
-    _set_up_logging(settings)
+    with _logging(settings):
+        _load_and_serve(settings)
+
+
+def _load_and_serve(settings: ServeSettings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     plan = open_kit(settings.kit).plan
@@ -177,12 +182,21 @@ class _JsonLines(logging.Formatter):
         return json.dumps(entry)
 
 
-def _set_up_logging(settings: ServeSettings) -> None:
+@contextlib.contextmanager
+def _logging(settings: ServeSettings) -> Iterator[None]:
+    """The owner's log on stderr, in the format asked for; afterwards all is as it was, for whoever called."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         _JsonLines() if settings.log_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
     root = logging.getLogger("splitfl")
-    root.handlers[:] = [handler]
+    before = root.level, root.propagate
+    root.addHandler(handler)
     root.setLevel(settings.log_level.upper())
     root.propagate = False
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before[0])
+        root.propagate = before[1]

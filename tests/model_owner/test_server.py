@@ -348,16 +348,36 @@ def test_an_owner_with_nothing_to_do_stops_at_once(trunk, tmp_path):
 # ---- the log
 
 
-def test_the_log_is_bounded_and_says_what_it_left_out(trunk, tmp_path, tiny_llama, caplog):
-    caplog.set_level(logging.INFO, "splitfl.owner")
-    logging.getLogger("splitfl").propagate = True
+class Kept(logging.Handler):
+    """Every record of the owner's logger, once, whatever other tests did to the loggers above it."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.records = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
+@pytest.fixture
+def owner_log():
+    log, kept = logging.getLogger("splitfl.owner"), Kept()
+    level = log.level
+    log.addHandler(kept)
+    log.setLevel(logging.INFO)
+    yield kept.records
+    log.removeHandler(kept)
+    log.setLevel(level)
+
+
+def test_the_log_is_bounded_and_says_what_it_left_out(trunk, tmp_path, tiny_llama, owner_log):
     with serving(trunk, tmp_path) as owner, raw(owner, tiny_llama) as one:
         for _ in range(400):
             one.send(b"noise")
             one.refused("malformed")
         owner.until(lambda: owner.server._lines == 0)
-        logged = sum(record.getMessage().startswith("refused: malformed") for record in caplog.records)
-        left_out = [record.args[0] for record in caplog.records if "left out" in record.getMessage()]
+        logged = sum(record.getMessage().startswith("refused: malformed") for record in owner_log)
+        left_out = [record.args[0] for record in owner_log if "left out" in record.getMessage()]
         assert logged + sum(left_out) == 400
         assert logged <= 20 * (len(left_out) + 1)
         assert owner.server.counters.refusals == {"malformed": 400}
