@@ -108,13 +108,20 @@ def new_session(
         plan=message.plan,
         wire_dtype=message.wire_dtype,
         memory=message.memory,
+        hidden_coding=message.hidden_coding,
+        gradient_coding=message.gradient_coding,
     )
     return HeldSession(
         key=(envelope.sender, message.session),
         party=party,
         talk=OwnerSession(terms, PROTOCOLS[message.protocol].disclosure),
         limits=wire.Limits(
-            width=width, max_tokens=limits.max_tokens, max_length=limits.max_length, wire_dtype=message.wire_dtype
+            width=width,
+            max_tokens=limits.max_tokens,
+            max_length=limits.max_length,
+            wire_dtype=message.wire_dtype,
+            hidden_coding=message.hidden_coding,
+            gradient_coding=message.gradient_coding,
         ),
         recompute=limits.recompute or message.memory == "recompute",
         routes=[envelope.route],

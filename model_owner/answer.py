@@ -17,7 +17,7 @@ from model_owner.memory import Costs, MemoryBudget
 from model_owner.refusals import Refusal
 from model_owner.sessions import HeldCache, HeldSession
 from model_owner.trunk import CacheMismatchError, Kept, Trunk
-from splitfl.link import TrunkRequest
+from splitfl.link import TrunkRequest, decoded
 from splitfl.wire.codecs import TORCH_DTYPES, Frame
 from splitfl.wire.frames import encode
 from splitfl.wire.messages import Backward, BackwardDone, Forward, ForwardDone, TensorName
@@ -116,9 +116,10 @@ class Answerer:
             return Outcome(frames=self._reply(held, done, "gradient", result))
 
     def _forward_kept(self, held: HeldSession, message: Forward, request: TrunkRequest) -> Outcome:
-        rows, length, _ = request.hidden.shape
+        hidden = decoded(request.hidden)
+        rows, length, _ = hidden.shape
         for recompute in [True] if held.recompute else [False, True]:
-            size = request.hidden.nbytes if recompute else self.costs.of_graph(rows, length)
+            size = hidden.nbytes if recompute else self.costs.of_graph(rows, length)
             if not held.budget.take(size):
                 continue
             try:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
+from transformers import Cache
 
 import splitfl
 from model_owner import refusals
@@ -25,6 +25,7 @@ from model_owner.answer import Answerer, Outcome
 from model_owner.refusals import Refusal
 from model_owner.scheduler import Scheduler
 from model_owner.sessions import HeldSession, SessionTable
+from model_owner.trunk import Kept
 from splitfl.cut import Plan
 from splitfl.wire import frames as wire
 from splitfl.wire.channel import Envelope, OwnerSocket
@@ -38,7 +39,6 @@ from splitfl.wire.messages import (
     Hello,
     Refused,
     Release,
-    TensorName,
     Welcome,
     kind,
 )
@@ -234,13 +234,13 @@ class Server:
                 self._end(held)  # once more, for what the request has left behind
 
     async def _forward(self, held: HeldSession, message: Forward, envelope: Envelope) -> Outcome:
-        tensors = wire.tensors_of(message, envelope.frames)
-        tokens = tensors["hidden"].shape[0] * tensors["hidden"].shape[1]
+        rows, new, _ = next(spec.shape for spec in message.tensors if spec.name == "hidden")
+        tokens = rows * new
         if message.cache is None:
-            work = functools.partial(self.answerer.forward, held, message, tensors)
+            work = functools.partial(self._forward_on_worker, held, message, envelope.frames)
             outcome = await self.scheduler.run(held.key, tokens, work)
         else:
-            outcome = await self._forward_cached(held, message, tensors, tokens)
+            outcome = await self._forward_cached(held, message, envelope, tokens)
         if outcome.kept is not None:
             if self._is_open(held) and message.step in held.talk.kept_steps():
                 held.keep(message.step, outcome.kept, outcome.reserved)
@@ -251,20 +251,27 @@ class Server:
         self.counters.tokens += tokens
         return outcome
 
-    async def _forward_cached(
-        self, held: HeldSession, message: Forward, tensors: dict[TensorName, torch.Tensor], tokens: int
+    def _forward_on_worker(
+        self, held: HeldSession, message: Forward, frames: Sequence[Frame], cache: Cache | None = None
     ) -> Outcome:
+        """Codes are read here, not on the thread that owns the sockets."""
+        return self.answerer.forward(held, message, wire.tensors_of(message, frames), cache)
+
+    async def _forward_cached(self, held: HeldSession, message: Forward, envelope: Envelope, tokens: int) -> Outcome:
         assert message.cache is not None  # noqa: S101
         async with held.cache_turn:
             if not self._is_open(held):
                 raise refusals.ended()
             cache = self.answerer.open_cache(held, message)
             try:
-                work = functools.partial(self.answerer.forward, held, message, tensors, cache)
+                work = functools.partial(self._forward_on_worker, held, message, envelope.frames, cache)
                 return await self.scheduler.run(held.key, tokens, work)
             except BaseException:
                 held.drop_cache(message.cache)  # it may be half written
                 raise
+
+    def _backward_on_worker(self, held: HeldSession, message: Backward, frames: Sequence[Frame], kept: Kept) -> Outcome:
+        return self.answerer.backward(held, message, kept, wire.tensors_of(message, frames)["gradient"])
 
     async def _backward(self, held: HeldSession, message: Backward, envelope: Envelope) -> Outcome:
         if message.step not in held.kept:
@@ -274,10 +281,10 @@ class Server:
                 hint="send its forward again, then the backward",
             )
         kept, _ = held.kept[message.step]
-        gradient = wire.tensors_of(message, envelope.frames)["gradient"]
-        work = functools.partial(self.answerer.backward, held, message, kept, gradient)
+        rows, length, _ = message.tensors[0].shape
+        work = functools.partial(self._backward_on_worker, held, message, envelope.frames, kept)
         try:
-            outcome = await self.scheduler.run(held.key, 2 * gradient.shape[0] * gradient.shape[1], work)
+            outcome = await self.scheduler.run(held.key, 2 * rows * length, work)
         except BaseException:
             held.spend_step(message.step)
             raise

@@ -13,6 +13,7 @@ from transformers import Cache
 
 from model_owner.memory import MemoryBudget, Share
 from model_owner.trunk import Kept
+from splitfl.link import decoded
 from splitfl.wire.codecs import Frame, nbytes
 from splitfl.wire.frames import Limits
 from splitfl.wire.messages import BYTES_PER_ELEMENT
@@ -84,7 +85,7 @@ class HeldSession:
         """A backward through `step` failed and may have used its graph up: hold only what makes a new one."""
         if step in self.kept:
             kept, reserved = self.kept[step]
-            needed = min(kept.request.hidden.nbytes, reserved)
+            needed = min(decoded(kept.request.hidden).nbytes, reserved)
             self.kept[step] = (replace(kept, entry=None, output=None), needed)
             self.budget.give_back(reserved - needed)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from splitfl.cut import Plan, Void, cache_among, count_positions, entrance, module_at
 from splitfl.errors import WireError
-from splitfl.link import TrunkRequest
+from splitfl.link import TrunkRequest, decoded
+from splitfl.wire.coding import Coded
 
 
 class _TrunkDone(Exception):
@@ -44,7 +45,7 @@ class Kept:
     @property
     def device_bytes(self) -> int:
         """A lower bound of what is held: input, and output where there is one. The graph in between comes on top."""
-        held = [self.request.hidden, *([self.output] if self.output is not None else [])]
+        held = [decoded(self.request.hidden), *([self.output] if self.output is not None else [])]
         return sum(tensor.nbytes for tensor in held)
 
 
@@ -84,13 +85,13 @@ class Trunk:
         if cache is not None:
             _rewind(cache, request)
         with torch.no_grad():
-            return self._run(request.hidden.to(self.device, self.dtype), request, cache)
+            return self._run(decoded(request.hidden).to(self.device, self.dtype), request, cache)
 
     def forward_kept(self, request: TrunkRequest, *, recompute: bool) -> tuple[torch.Tensor, Kept]:
         """The trunk's output and what its backward will need."""
         if recompute:
             return self.forward(request), Kept(request=request, entry=None, output=None)
-        entry = request.hidden.to(self.device, self.dtype).detach().requires_grad_(True)
+        entry = decoded(request.hidden).to(self.device, self.dtype).detach().requires_grad_(True)
         with torch.enable_grad():
             output = self._run(entry, request, None)
         return output.detach(), Kept(request=request, entry=entry, output=output)
@@ -202,6 +203,7 @@ class LocalLink:
     def forward(self, request: TrunkRequest) -> tuple[torch.Tensor, int]:
         """See `splitfl.link.TrunkLink`."""
         self._steps += 1
+        request = replace(request, hidden=decoded(request.hidden))
         if request.keep:
             output, self._kept[self._steps] = self.trunk.forward_kept(request, recompute=self.recompute)
             return output, self._steps
@@ -212,9 +214,9 @@ class LocalLink:
             cache = self._caches[request.cache]
         return self.trunk.forward(request, cache), self._steps
 
-    def backward(self, step: int, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(self, step: int, gradient: torch.Tensor | Coded) -> torch.Tensor:
         """See `splitfl.link.TrunkLink`."""
-        return self.trunk.backward(self._kept.pop(step), gradient)
+        return self.trunk.backward(self._kept.pop(step), decoded(gradient))
 
     def release(self, *, caches: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> None:
         """See `splitfl.link.TrunkLink`."""

@@ -9,12 +9,13 @@ from protocols import protocol_named
 from splitfl.cut import Plan
 from splitfl.wire.channel import PartySocket
 from splitfl.wire.keys import load_keys, load_public
-from splitfl.wire.messages import DtypeName
+from splitfl.wire.messages import CodingName, DtypeName
 
 
 def open_session(
     plan: Plan, address: str, *, owner_key: Path | None, key: Path | None, insecure_loopback: bool = False,
-    protocol: str = "split", wire_dtype: DtypeName = "float32", memory: Memory = "keep", timeout_s: float = 120.0,
+    protocol: str = "split", wire_dtype: DtypeName = "float32", memory: Memory = "keep",
+    hidden_coding: CodingName = "raw", gradient_coding: CodingName = "raw", timeout_s: float = 120.0,
     tap: Tap | None = None,
 ) -> Session:  # fmt: skip
     """Reach the owner at `address` and open a session; close it when done.
@@ -38,6 +39,8 @@ def open_session(
         protocol=chosen.name,
         wire_dtype=wire_dtype,
         memory=memory,
+        hidden_coding=hidden_coding,
+        gradient_coding=gradient_coding,
         timeout_s=timeout_s,
         tap=tap,
     )

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -23,10 +23,12 @@ from splitfl.privacy.disclosure import Disclosure
 from splitfl.wire import frames as wire
 from splitfl.wire.channel import PartySocket
 from splitfl.wire.codecs import Frame
+from splitfl.wire.coding import Coded
 from splitfl.wire.messages import (
     Backward,
     Bye,
     Closed,
+    CodingName,
     DtypeName,
     Forward,
     FromOwner,
@@ -58,13 +60,16 @@ class Session:
         protocol: its name.
         wire_dtype: of hidden and gradient frames, both ways.
         memory: what the owner shall hold between forward and backward.
+        hidden_coding: how the mechanism of this session codes hidden frames; ``raw`` without one.
+        gradient_coding: the same for gradient frames.
         timeout_s: longest wait for one answer.
         tap: sees every frame; for recordings and tests.
     """
 
     def __init__(
         self, socket: PartySocket, plan: Plan, *, disclosure: Disclosure, protocol: str, wire_dtype: DtypeName,
-        memory: Memory = "keep", timeout_s: float = 120.0, tap: Tap | None = None,
+        memory: Memory = "keep", hidden_coding: CodingName = "raw", gradient_coding: CodingName = "raw",
+        timeout_s: float = 120.0, tap: Tap | None = None,
     ) -> None:  # fmt: skip
         self.socket, self.plan, self.timeout_s, self.tap = socket, plan, timeout_s, tap
         self.terms = Terms(
@@ -74,6 +79,8 @@ class Session:
             plan=plan.digest,
             wire_dtype=wire_dtype,
             memory=memory,
+            hidden_coding=hidden_coding,
+            gradient_coding=gradient_coding,
         )
         self.disclosure = disclosure
         self.talk = PartySession(self.terms, disclosure)
@@ -146,7 +153,7 @@ class Session:
                 past=request.past,
                 rows=request.rows,
             )
-            tensors: dict[TensorName, torch.Tensor] = {"hidden": request.hidden}
+            tensors: dict[TensorName, torch.Tensor | Coded] = {"hidden": request.hidden}
             if request.mask is not None:
                 tensors["mask"] = request.mask
             if request.positions is not None:
@@ -156,7 +163,7 @@ class Session:
                 self._sent_forwards[step] = frames
             return self._await(message, frames)["hidden"], step
 
-    def backward(self, step: int, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(self, step: int, gradient: torch.Tensor | Coded) -> torch.Tensor:
         """See `splitfl.link.TrunkLink`."""
         with self._lock:
             self._listen()
@@ -198,7 +205,7 @@ class Session:
             self._send(Release(session=self.terms.session, caches=tuple(caches), steps=tuple(steps)), {})
 
     def _send(
-        self, message: FromParty, tensors: dict[TensorName, torch.Tensor], timeout_s: float | None = None
+        self, message: FromParty, tensors: Mapping[TensorName, torch.Tensor | Coded], timeout_s: float | None = None
     ) -> list[Frame]:
         described = wire.describe(message, tensors, self.terms.wire_dtype)
         self.talk.send(described)
@@ -272,6 +279,8 @@ class Session:
             max_tokens=self.welcome.max_tokens if self.welcome else 1,
             max_length=self.welcome.max_length if self.welcome else 1,
             wire_dtype=self.terms.wire_dtype,
+            hidden_coding=self.terms.hidden_coding,
+            gradient_coding=self.terms.gradient_coding,
         )
 
     def _recover(self, refused: Refused, message: Forward | Backward, frames: list[Frame]) -> None:

@@ -11,13 +11,15 @@ from typing import Protocol
 
 import torch
 
+from splitfl.wire.coding import Coded
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrunkRequest:
     """One pass through the trunk. B rows, T new positions, S cached plus new ones, D width of the cut."""
 
-    hidden: torch.Tensor
-    """[B, T, D], floating."""
+    hidden: torch.Tensor | Coded
+    """[B, T, D], floating; or coded, once a mechanism has seen to it."""
     mask: torch.Tensor | None = None
     """[B, S] uint8, 1 where there is a token; None if nothing is padded."""
     positions: torch.Tensor | None = None
@@ -32,13 +34,18 @@ class TrunkRequest:
     """The cache's rows in their new order; None if they did not move."""
 
 
+def decoded(tensor: torch.Tensor | Coded) -> torch.Tensor:
+    """The numbers that the receiver computes with."""
+    return tensor.decode() if isinstance(tensor, Coded) else tensor
+
+
 class TrunkLink(Protocol):
     """The road to a trunk."""
 
     def forward(self, request: TrunkRequest) -> tuple[torch.Tensor, int]:
         """The trunk's output [B, T, D] and the number of this step."""
 
-    def backward(self, step: int, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(self, step: int, gradient: torch.Tensor | Coded) -> torch.Tensor:
         """Gradient at the trunk's input [B, T, D], given the one at its output; `step` was kept."""
 
     def release(self, *, caches: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from splitfl.errors import InternalError, WireError
+from splitfl.wire import coding
 from splitfl.wire.messages import BYTES_PER_ELEMENT, DtypeName, TensorName, TensorSpec
 
 Frame: TypeAlias = bytes | bytearray | memoryview
@@ -65,6 +66,8 @@ def spec_of(name: TensorName, tensor: torch.Tensor, dtype: DtypeName) -> TensorS
 
 def frame_bytes(spec: TensorSpec) -> int:
     """Length in bytes of the frame that `spec` describes."""
+    if spec.coding != "raw":
+        return coding.coded_bytes(spec.coding, spec.shape, spec.kept)
     return math.prod(spec.shape) * BYTES_PER_ELEMENT[spec.dtype]
 
 
@@ -104,7 +107,8 @@ def from_frame(buffer: Frame, spec: TensorSpec) -> torch.Tensor:
         spec: dtype and shape.
 
     Returns:
-        A CPU tensor of ``spec.shape`` and ``spec.dtype``; it shares a writable, aligned buffer's memory.
+        A CPU tensor of ``spec.shape`` and ``spec.dtype``, float32 if it was coded; it shares a writable, aligned
+        buffer's memory.
 
     Raises:
         WireError: the length of the frame is not what `spec` says.
@@ -115,6 +119,8 @@ def from_frame(buffer: Frame, spec: TensorSpec) -> torch.Tensor:
         raise WireError(
             f"The frame of {spec.name!r} has {nbytes(buffer)} bytes.", expected=f"{frame_bytes(spec)} bytes"
         )
+    if spec.coding != "raw":
+        return coding.decode(buffer, coding=spec.coding, shape=spec.shape, step=spec.step, kept=spec.kept)
     array: np.ndarray[Any, Any] = np.frombuffer(buffer, dtype=little_endian)
     native = array.dtype.newbyteorder("=")
     shared = array.flags.writeable and array.flags.aligned and array.dtype == native

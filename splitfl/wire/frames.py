@@ -25,10 +25,13 @@ import torch
 
 from splitfl.errors import InternalError, WireError, printable
 from splitfl.wire.codecs import Frame, dtype_name, frame_bytes, from_frame, nbytes, spec_of, to_frame
+from splitfl.wire.coding import WIDEST, Coded
 from splitfl.wire.messages import (
     REFUSAL_CODES,
     WIRE_VERSION,
     AnyMessage,
+    Backward,
+    CodingName,
     DtypeName,
     Forward,
     FromOwner,
@@ -76,6 +79,9 @@ class Limits:
     """Longest sequence, in positions: bounds T and S."""
     wire_dtype: DtypeName
     """Dtype of hidden and gradient frames, both ways."""
+    hidden_coding: CodingName = "raw"
+    """How the party's hidden frames are coded; the owner's never are."""
+    gradient_coding: CodingName = "raw"
 
 
 class Violation(WireError):
@@ -109,24 +115,30 @@ _DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def describe(
-    message: AnyMessage, tensors: Mapping[TensorName, torch.Tensor], wire_dtype: DtypeName | None = None
+    message: AnyMessage, tensors: Mapping[TensorName, torch.Tensor | Coded], wire_dtype: DtypeName | None = None
 ) -> AnyMessage:
     """`message` with its `tensors` field set to what `tensors` will look like on the wire.
 
     Args:
         message: any message; whatever its `tensors` field holds is replaced.
-        tensors: name to tensor, in the order in which they are to travel.
+        tensors: name to tensor, or to what a mechanism coded, in the order in which they are to travel.
         wire_dtype: dtype of hidden and gradient frames; by default the dtype that the tensor has.
     """
-    specs = tuple(
-        spec_of(name, tensor, _FIXED_DTYPES.get(name) or wire_dtype or dtype_name(tensor.dtype))
-        for name, tensor in tensors.items()
-    )
+    specs = tuple(_spec(name, tensor, wire_dtype) for name, tensor in tensors.items())
     return msgspec.structs.replace(message, tensors=specs)
 
 
+def _spec(name: TensorName, tensor: torch.Tensor | Coded, wire_dtype: DtypeName | None) -> TensorSpec:
+    if isinstance(tensor, Coded):
+        dtype = wire_dtype or "float32"
+        return TensorSpec(
+            name=name, dtype=dtype, shape=tensor.shape, coding=tensor.coding, step=tensor.step, kept=tensor.kept
+        )
+    return spec_of(name, tensor, _FIXED_DTYPES.get(name) or wire_dtype or dtype_name(tensor.dtype))
+
+
 def encode(
-    message: AnyMessage, tensors: Mapping[TensorName, torch.Tensor], wire_dtype: DtypeName | None = None
+    message: AnyMessage, tensors: Mapping[TensorName, torch.Tensor | Coded], wire_dtype: DtypeName | None = None
 ) -> list[Frame]:
     """The frames of `message`: its header, then one frame a tensor.
 
@@ -145,7 +157,11 @@ def encode(
     if [(s.name, s.shape) for s in described.tensors] != [(n, tuple(t.shape)) for n, t in tensors.items()]:
         raise InternalError(f"A {kind(message)!r} message was described for other tensors than it is sent with.")
     header = _ENCODER.encode(described)
-    return [header, *(to_frame(tensors[spec.name], spec.dtype) for spec in described.tensors)]
+    return [header, *(_frame(tensors[spec.name], spec.dtype) for spec in described.tensors)]
+
+
+def _frame(tensor: torch.Tensor | Coded, dtype: DtypeName) -> Frame:
+    return tensor.payload.numpy().data if isinstance(tensor, Coded) else to_frame(tensor, dtype)
 
 
 # ---- in
@@ -198,6 +214,7 @@ def check_frames(message: AnyMessage, frames: Sequence[Frame], limits: Limits) -
     _check_names(message, specs)
     for spec in message.tensors:
         _check_dtype(spec, limits)
+        _check_coding(message, spec, limits)
     _check_shapes(message, specs, limits)
     for spec, frame in zip(message.tensors, frames[1:], strict=True):
         if nbytes(frame) != frame_bytes(spec):
@@ -205,8 +222,17 @@ def check_frames(message: AnyMessage, frames: Sequence[Frame], limits: Limits) -
 
 
 def tensors_of(message: AnyMessage, frames: Sequence[Frame]) -> dict[TensorName, torch.Tensor]:
-    """Name to CPU tensor, sharing the memory of `frames` where that is possible. Call after `decode`."""
-    return {spec.name: from_frame(frame, spec) for spec, frame in zip(message.tensors, frames[1:], strict=True)}
+    """Name to CPU tensor, sharing the memory of `frames` where that is possible. Call after `decode`.
+
+    Raises:
+        Malformed: a coded frame names a column that the tensor does not have.
+    """
+    try:
+        return {spec.name: from_frame(frame, spec) for spec, frame in zip(message.tensors, frames[1:], strict=True)}
+    except Malformed:
+        raise
+    except WireError as error:
+        raise Malformed(error.problem, code="malformed", expected=error.expected) from None
 
 
 # ---- the header
@@ -287,6 +313,25 @@ def _check_dtype(spec: TensorSpec, limits: Limits) -> None:
     expected = _FIXED_DTYPES.get(spec.name, limits.wire_dtype)
     if spec.dtype != expected:
         raise _malformed(f"The frame of {spec.name!r} is said to be {spec.dtype}", expected)
+
+
+def _check_coding(message: AnyMessage, spec: TensorSpec, limits: Limits) -> None:
+    expected: CodingName = "raw"
+    if isinstance(message, Forward) and spec.name == "hidden":
+        expected = limits.hidden_coding
+    elif isinstance(message, Backward):
+        expected = limits.gradient_coding
+    if spec.coding != expected:
+        raise _malformed(f"The frame of {spec.name!r} is said to be coded as {spec.coding}", expected)
+    if spec.coding == "grid16":
+        fits = math.isfinite(spec.step) and spec.step > 0 and math.frexp(spec.step)[0] == 0.5
+        _require(fits and 2.0**-60 <= spec.step <= 2.0**60, "A grid step is not sound", "a power of two, 2^-60 to 2^60")
+    else:
+        _require(spec.step == 0, "A grid step came without a grid", "0")
+    if spec.coding == "topk":
+        _require(0 < spec.kept <= min(limits.width, WIDEST), "A number of kept values is not sound", "1 to the width")
+    else:
+        _require(spec.kept == 0, "A number of kept values came without top-k", "0")
 
 
 def _check_shapes(message: AnyMessage, specs: Mapping[str, TensorSpec], limits: Limits) -> None:

@@ -18,6 +18,9 @@ WIRE_VERSION = 1
 TensorName: TypeAlias = Literal["hidden", "gradient", "mask", "positions"]
 DtypeName: TypeAlias = Literal["float32", "float16", "bfloat16", "int32", "uint8"]
 
+CodingName: TypeAlias = Literal["raw", "grid16", "int8", "int4", "topk"]
+"""How the numbers of a hidden or gradient frame are written; `splitfl.wire.coding` has the layout of each."""
+
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
 
 REFUSAL_CODES: dict[str, str] = {
@@ -44,11 +47,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
-    """One tensor frame: raw little-endian, contiguous, exactly `prod(shape) * itemsize` bytes."""
+    """One tensor frame: raw little-endian, contiguous, exactly `prod(shape) * itemsize` bytes; or coded."""
 
     name: TensorName
     dtype: DtypeName
+    """Of the numbers; where they are coded, the session's wire dtype, which then says nothing about the bytes."""
     shape: tuple[int, ...]
+    coding: CodingName = "raw"
+    step: float = 0.0
+    """Step of the grid, for ``grid16``."""
+    kept: int = 0
+    """Numbers kept of each token, for ``topk``."""
 
 
 class Message(Record, frozen=True, kw_only=True):
@@ -73,6 +82,10 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     wire_dtype: DtypeName
     """Dtype of hidden and gradient frames, both ways."""
     memory: Literal["keep", "recompute"] = "keep"
+    hidden_coding: CodingName = "raw"
+    """How the hidden frames of the party are coded, for the whole session; replies are never coded."""
+    gradient_coding: CodingName = "raw"
+    """The same for its gradient frames."""
 
 
 class Forward(Message, frozen=True, kw_only=True, tag="forward"):

@@ -30,6 +30,7 @@ from splitfl.wire.messages import (
     AnyMessage,
     Bye,
     Closed,
+    CodingName,
     DtypeName,
     Hello,
     Refused,
@@ -115,6 +116,8 @@ class Terms:
     wire_dtype: DtypeName
     memory: Literal["keep", "recompute"] = "keep"
     """What the party asks for; the welcome may fall back to ``recompute``."""
+    hidden_coding: CodingName = "raw"
+    gradient_coding: CodingName = "raw"
 
     def hello(self) -> Hello:
         """The hello that states these terms."""
@@ -126,6 +129,8 @@ class Terms:
             plan=self.plan,
             wire_dtype=self.wire_dtype,
             memory=self.memory,
+            hidden_coding=self.hidden_coding,
+            gradient_coding=self.gradient_coding,
         )
 
 
@@ -242,11 +247,12 @@ class Session:
                     expected=repr(held),
                     hint="use a kit that this owner wrote, a protocol that it serves, and the same splitfl release",
                 )
-        if (message.wire_dtype, message.memory) != (ours.wire_dtype, ours.memory):
+        said_how, held_how = _how(message), _how(ours)
+        if said_how != held_how:
             raise NotAllowed(
-                "The hello asks for another wire dtype or memory than this session has.",
+                "The hello asks for another wire dtype, memory or coding than this session has.",
                 code="out_of_order",
-                expected=f"{ours.wire_dtype} and {ours.memory}",
+                expected=", ".join(held_how),
                 hint="open a new session for other terms",
             )
 
@@ -269,6 +275,10 @@ class Session:
                 self.welcome = message
             case Refused() if self.state in (State.NEW, State.GREETING):
                 self._hellos = max(self._hellos - 1, 0)
+
+
+def _how(message: Hello) -> tuple[str, ...]:
+    return message.wire_dtype, message.memory, message.hidden_coding, message.gradient_coding
 
 
 class OwnerSession(Session):
