@@ -41,11 +41,13 @@ class Score:
 def evaluate(
     model: nn.Module, examples: Sequence[dict[str, Any]], collator: Collator, *, task: Task, batch_size: int,
     device: str = "cpu", progress: Callable[[int], None] | None = None,
+    on_batch: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Score:  # fmt: skip
     """Score `model` on `examples`; rows of like length share a batch, so little padding is computed.
 
     Args:
         progress: called with the number of rows done after each batch.
+        on_batch: called with each collated batch before it is used; may take fields out of it.
     """
     was_training = model.training
     model.eval()
@@ -54,6 +56,8 @@ def evaluate(
     confusion: Counter[tuple[int, int]] = Counter()
     for start in range(0, len(order), batch_size):
         batch = collator([examples[index] for index in order[start : start + batch_size]])
+        if on_batch is not None:
+            on_batch(batch)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits if task == "causal-lm" else model(**batch).logits

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from party.session import Session
 from party.trainer import SplitTrainer
 from splitfl.metrics import Meter, RunLog
 from splitfl.report import as_size
 
 
+class Traffic(Protocol):
+    """What counts bytes."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes sent so far."""
+
+    @property
+    def bytes_received(self) -> int:
+        """Payload bytes received so far."""
+
+
 class TrainingProgress(TrainerCallback):
     """A bar with loss, tokens/s, bytes and time left on a terminal; a line at each logging step elsewhere."""
 
-    def __init__(self, session: Session, log: RunLog) -> None:
-        self.session, self.log = session, log
+    def __init__(self, traffic: Traffic, log: RunLog) -> None:
+        self.traffic, self.log = traffic, log
         self.trainer: SplitTrainer | None = None
         self.console = Console(file=sys.stderr, stderr=True)
         self.meter = Meter()
         self._loss: float | None = None
-        self._mark = (time.monotonic(), 0, session.bytes_sent, session.bytes_received)
+        self._mark = (time.monotonic(), 0, traffic.bytes_sent, traffic.bytes_received)
         self._tokens_metered = 0
         self._bar = Progress(
             TextColumn("tune"),
@@ -43,7 +54,7 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar."""
-        self._mark = (time.monotonic(), self._tokens(), self.session.bytes_sent, self.session.bytes_received)
+        self._mark = (time.monotonic(), self._tokens(), self.traffic.bytes_sent, self.traffic.bytes_received)
         if self.console.is_terminal:
             self._task = self._bar.add_task("tune", total=state.max_steps, completed=state.global_step, facts="")
             self._bar.start()
@@ -64,7 +75,7 @@ class TrainingProgress(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         now, tokens = time.monotonic(), self._tokens()
-        sent, received = self.session.bytes_sent, self.session.bytes_received
+        sent, received = self.traffic.bytes_sent, self.traffic.bytes_received
         since, tokens_before, sent_before, received_before = self._mark
         self._mark = (now, tokens, sent, received)
         self._loss = logs["loss"]
@@ -106,5 +117,5 @@ class TrainingProgress(TrainerCallback):
 
     def _facts(self) -> str:
         loss = "" if self._loss is None else f"loss {self._loss:.3f}  "
-        moved = f"{as_size(self.session.bytes_sent)} sent, {as_size(self.session.bytes_received)} received"
+        moved = f"{as_size(self.traffic.bytes_sent)} sent, {as_size(self.traffic.bytes_received)} received"
         return f"{loss}{self.meter.rate():,.0f} tokens/s  {moved}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class RemoteTrunk(PassThrough):
     def __init__(self, replaced: nn.Module, plan: Plan, link: TrunkLink) -> None:
         super().__init__(replaced, plan.bottom, plan.returns_tuple)
         self.plan, self.link = plan, link
+        self.on_hidden: Callable[[torch.Tensor], None] | None = None
+        """Sees what comes out of the bottom, with its graph: for a loss on what is sent."""
         self._mask: torch.Tensor | None = None
         self._positions: torch.Tensor | None = None
         self._numbers = itertools.count(1)
@@ -99,6 +102,8 @@ class RemoteTrunk(PassThrough):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Hidden state [B, T, D] through the owner's trunk, in the family's own return form."""
+        if self.on_hidden is not None:
+            self.on_hidden(hidden_states)
         cache = cache_among(args, kwargs)
         keep = torch.is_grad_enabled() and hidden_states.requires_grad
         if cache is not None and keep:

@@ -3,6 +3,7 @@
 config.toml        the settings as resolved
 disclosure.json    the protocol's disclosure
 run.jsonl          losses, rates, bytes
+replies/           the trunk's replies, for a protocol that sends each row once
 adapter/           the tuned adapter, an ordinary PEFT directory
 checkpoints/       to resume from
 report.html        for people
@@ -14,9 +15,12 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from protocols import protocol_named
 from splitfl.config import TuneSettings
@@ -25,6 +29,7 @@ from splitfl.errors import ModelError, UsageError
 from splitfl.files import replace_text
 from splitfl.metrics import read_run
 from splitfl.options import read_config, to_toml
+from splitfl.privacy.labels import randomise_labels
 from splitfl.rows import FormName
 
 _COMPLETE = "splitfl.json"  # written last into a checkpoint: one without it was never finished
@@ -69,11 +74,28 @@ class RunDirectory:
         if resume and not self.config.exists():
             raise UsageError(f"{self.path} holds no run to resume.", hint="leave --resume out to start one")
 
-    def prepare(self, settings: TuneSettings) -> None:
+    @property
+    def replies(self) -> Path:
+        """Where the trunk's replies are kept, for a protocol that sends each row once."""
+        return self.path / "replies"
+
+    def randomised_labels(self, labels: torch.Tensor, classes: int, epsilon: float) -> torch.Tensor:
+        """Randomised response on `labels` [N]; drawn once and kept, so that a resumed run tells nothing new."""
+        kept = self.path / "randomised_labels.json"
+        if kept.is_file():
+            return torch.tensor(json.loads(kept.read_text(encoding="utf-8")))
+        drawn = randomise_labels(labels, classes, epsilon)
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(kept, json.dumps(drawn.tolist()) + "\n")
+        kept.chmod(0o600)
+        return drawn
+
+    def prepare(self, settings: TuneSettings, bounds: Mapping[tuple[str, str], str] | None = None) -> None:
         """Make the directory and write what is known before training. Only a run that begins leaves a directory."""
         self.path.mkdir(parents=True, exist_ok=True)
         to_toml(_from_anywhere(settings), self.config)
-        disclosure = {"protocol": settings.protocol, **protocol_named(settings.protocol).disclosure.to_json()}
+        record = protocol_named(settings.protocol).disclosure.with_bounds(bounds or {})
+        disclosure = {"protocol": settings.protocol, **record.to_json()}
         replace_text(self.path / "disclosure.json", json.dumps(disclosure, indent=2) + "\n")
 
     def settings(self) -> TuneSettings:

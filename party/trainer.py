@@ -20,9 +20,10 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from party.evaluate import Score, evaluate
+from party.protect import RowTracker
 from party.rundir import RunDirectory
 from splitfl.cut import Plan
-from splitfl.data import Collator, Examples
+from splitfl.data import Collator, Example
 from splitfl.errors import ResourceError
 
 _DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -70,21 +71,40 @@ class SplitTrainer(Trainer):
         run: where checkpoints go.
         plan: stamped into every checkpoint.
         on_eval: called with each score made during training.
+        tracker: told which rows each batch holds.
+        extra_loss: added to the loss of every micro-batch.
     """
 
     def __init__(
-        self, *args: Any, run: RunDirectory, plan: Plan, collator: Collator, held_out: Examples | None,
-        on_eval: Callable[[int, Score], None] | None = None, **kwargs: Any,
+        self, *args: Any, run: RunDirectory, plan: Plan, collator: Collator, held_out: list[Example] | None,
+        on_eval: Callable[[int, Score], None] | None = None, tracker: RowTracker | None = None,
+        extra_loss: Callable[[torch.Tensor], torch.Tensor] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, data_collator=collator, eval_dataset=held_out, **kwargs)
         self.run, self.plan, self.collator, self.held_out, self.on_eval = run, plan, collator, held_out, on_eval
+        self.tracker, self.extra_loss = tracker, extra_loss
+        self.last_score: tuple[int, Score] | None = None
+        """Step and score of the latest evaluation: the same weights are not scored twice."""
         self.tokens_seen = 0
         self.remove_callback(PrinterCallback)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, counted."""
         self.tokens_seen += int(inputs["attention_mask"].sum())
+        if self.tracker is not None:
+            self.tracker.training(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, and what a protocol adds to it."""
+        mask = inputs["attention_mask"]
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.extra_loss is None:
+            return loss
+        extra = self.extra_loss(mask)
+        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
+            extra = extra / self.args.gradient_accumulation_steps  # the library divides the loss there already
+        return loss + extra.to(loss.dtype)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss over tokens (the library's is a mean over batches)."""
@@ -97,7 +117,9 @@ class SplitTrainer(Trainer):
             task=self.plan.task,
             batch_size=self.args.per_device_eval_batch_size,
             device=str(self.args.device),
+            on_batch=self.tracker.scoring if self.tracker else None,
         )
+        self.last_score = self.state.global_step, score
         if self.on_eval is not None:
             self.on_eval(self.state.global_step, score)
         metrics = {f"eval_{name}": value for name, value in score.facts().items()}

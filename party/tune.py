@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,29 +11,25 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from party.connect import open_session
+from party.bookkeeping import DataSet, run_name
 from party.evaluate import Score, evaluate
-from party.model import check_device, open_model, resolve_dtype
+from party.model import check_device, resolve_dtype
+from party.opening import Preparation, data_set, open_book, prepare, say
 from party.progress import TrainingProgress
+from party.protect import numbered
 from party.rundir import RunDirectory
-from party.session import Session
 from party.trainer import SplitTrainer, StopRequest
-from splitfl.adapters import add_lora, lora_config, save_adapter
+from party.workplace import Workplace, open_workplace
+from splitfl.adapters import save_adapter
 from splitfl.config import TuneSettings
 from splitfl.data import Collator, Examples, load_rows, tokenise
 from splitfl.errors import INTERRUPTED_EXIT_CODE, UsageError
 from splitfl.kit import Kit, open_kit
-from splitfl.load import parameter_count
-from splitfl.metrics import Result, RunLog, peak_rss_bytes, write_results
+from splitfl.metrics import Result, peak_rss_bytes, write_results
 from splitfl.report import as_size, write_report
 from splitfl.rows import FormName
 
 _LONGEST_WITHOUT_LIMIT = 2048  # for models whose positions have no table; --max-length sets another
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is left to figures."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +41,13 @@ class Data:
     collator: Collator
     form: FormName
     """Of the training rows; prompts are rendered the same way later."""
+    train_set: DataSet
+    held_out_set: DataSet | None
+
+    @property
+    def sets(self) -> dict[str, DataSet]:
+        """What the ledger must know of both files."""
+        return {s.fingerprint: s for s in (self.train_set, self.held_out_set) if s is not None}
 
 
 def tune(settings: TuneSettings) -> int:
@@ -60,12 +61,15 @@ def tune(settings: TuneSettings) -> int:
     checkpoint = run.latest_checkpoint(kit.plan) if settings.resume else None
     data = read_data(settings, kit)
     say(f"train: {data.train.counts}")
-    with contextlib.closing(connect(settings, kit)) as session:
-        model = _tunable_model(settings, kit, session)
-        run.prepare(settings)
-        run.drop_unfinished()
-        with RunLog(run.log) as log:
-            return _train(settings, kit, run, data, session, model, log, checkpoint)
+    longest = max(len(example["input_ids"]) for example in data.train)
+    preparation = prepare(settings, kit, longest)
+    for label, text in preparation.preview:
+        say(f"{label:22} {text}")
+    book = open_book(settings, run_name(run.path, resumed=settings.resume), data.sets)
+    with book, open_workplace(settings, kit, run, data, preparation, book) as place:
+        if settings.label_epsilon is not None:
+            randomise_classes(settings, kit, run, data)
+        return _train(settings, kit, run, data, preparation, place, checkpoint)
 
 
 def read_data(settings: TuneSettings, kit: Kit) -> Data:
@@ -89,40 +93,51 @@ def read_data(settings: TuneSettings, kit: Kit) -> Data:
         "truncation": settings.truncation,
     }
     label2id = dict(kit.config.label2id or {}) if kit.plan.task == "sequence-classification" else None
-    rows = load_rows(settings.train, columns=columns, task=kit.plan.task, label2id=label2id)
+    person = settings.person_column
+    rows = load_rows(settings.train, columns=columns, task=kit.plan.task, label2id=label2id, person_column=person)
     train = tokenise(rows, tokenizer, **options)
-    held_out = None
+    held_out, held_out_set = None, None
     if settings.eval is not None:
-        held_rows = load_rows(settings.eval, columns=columns, task=kit.plan.task, label2id=rows.label2id or label2id)
+        numbers = rows.label2id or label2id
+        held_rows = load_rows(
+            settings.eval, columns=columns, task=kit.plan.task, label2id=numbers, person_column=person
+        )
         held_out = tokenise(held_rows, tokenizer, **options)
-    collator = Collator(tokenizer, padding_side=settings.padding_side, pad_token_id=kit.config.pad_token_id)
-    return Data(train=train, held_out=held_out, collator=collator, form=rows.form)
-
-
-def connect(settings: TuneSettings, kit: Kit) -> Session:
-    """Open the session that the settings describe."""
-    compute = resolve_dtype(kit, settings.dtype)
-    session = open_session(
-        kit.plan,
-        settings.owner,
-        owner_key=settings.owner_key,
-        key=settings.key,
-        insecure_loopback=settings.insecure_loopback,
-        protocol=settings.protocol,
-        wire_dtype=compute if settings.wire_dtype == "auto" else settings.wire_dtype,
-        memory=settings.memory,
-        timeout_s=settings.timeout,
+        held_out_set = data_set(held_rows, held_out, settings.eval)
+    collator = Collator(
+        tokenizer,
+        padding_side=settings.padding_side,
+        pad_token_id=kit.config.pad_token_id,
+        pad_to_multiple_of=options["max_length"] if settings.hide_lengths else None,
     )
-    say(f"session open with {settings.owner}; protocol {settings.protocol}, {session.terms.wire_dtype} on the wire")
-    return session
+    return Data(
+        train=train,
+        held_out=held_out,
+        collator=collator,
+        form=rows.form,
+        train_set=data_set(rows, train, settings.train),
+        held_out_set=held_out_set,
+    )
+
+
+def randomise_classes(settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data) -> None:
+    """Randomised response on the training labels, in place; drawn once a run and the same after a resume."""
+    assert settings.label_epsilon is not None  # noqa: S101
+    classes = int(kit.config.num_labels)
+    labels = run.randomised_labels(
+        torch.tensor([example["labels"] for example in data.train]), classes, settings.label_epsilon
+    )
+    for example, label in zip(data.train, labels.tolist(), strict=True):
+        example["labels"] = label
 
 
 def _train(
-    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, session: Session, model: PeftModel, log: RunLog,
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, place: Workplace,
     checkpoint: Path | None,
 ) -> int:  # fmt: skip
     started = time.monotonic()
-    progress, stop = TrainingProgress(session, log), StopRequest()
+    log, model = place.log, place.model
+    progress, stop = TrainingProgress(place.traffic, log), StopRequest()
 
     def note_eval(step: int, score: Score, when: str = "during") -> None:
         log.write("eval", step=step, when=when, tokens=score.counted, **score.facts())
@@ -130,19 +145,22 @@ def _train(
     trainer = SplitTrainer(
         model=model,
         args=_training_arguments(settings, run),
-        train_dataset=data.train,
+        train_dataset=numbered(data.train),
         callbacks=[progress, stop],
         run=run,
         plan=kit.plan,
         collator=data.collator,
-        held_out=data.held_out,
+        held_out=None if data.held_out is None else numbered(data.held_out),
         on_eval=note_eval,
+        tracker=place.tracker,
+        extra_loss=place.extra_loss,
     )
     progress.trainer = trainer
-    log.write("start", **_start_facts(settings, kit, data, session, model, resumed_from=checkpoint and checkpoint.name))
+    facts = _start_facts(settings, kit, data, preparation, model)
+    log.write("start", **facts, resumed_from=checkpoint and checkpoint.name)
     before = None
     if data.held_out is not None and checkpoint is None:
-        before = _score(settings, kit, data, model)
+        before = _score(settings, kit, data, place)
         note_eval(0, before, "before")
         say(f"held out, before: {_in_words(before)}")
     try:
@@ -157,7 +175,9 @@ def _train(
     save_adapter(model, run.adapter, base_name=str(kit.config.name_or_path or kit.plan.model_type))
     after = None
     if data.held_out is not None:
-        after = _score(settings, kit, data, model)
+        # Every pass over held-out rows is a release of them: the same weights are not scored twice.
+        scored = trainer.last_score
+        after = scored[1] if scored is not None and scored[0] == step else _score(settings, kit, data, place)
         note_eval(step, after, "after")
         say(f"held out, after:  {_in_words(after)}")
     seconds = time.monotonic() - started
@@ -166,25 +186,11 @@ def _train(
         seconds=seconds,
         steps=step,
         peak_rss_bytes=peak_rss_bytes(),
-        bytes_sent=session.bytes_sent,
-        bytes_received=session.bytes_received,
+        bytes_sent=place.traffic.bytes_sent,
+        bytes_received=place.traffic.bytes_received,
     )
-    _finish(settings, run, trainer, session, before, after, seconds)
+    _finish(settings, run, trainer, place, before, after, seconds)
     return 0
-
-
-def _tunable_model(settings: TuneSettings, kit: Kit, session: Session) -> PeftModel:
-    base = open_model(kit, session, dtype=settings.dtype, device=settings.device)
-    lora = settings.lora_kwargs()
-    targets = list(settings.target_modules) or None
-    config = lora_config(base, kit.plan, **{**lora, "target_modules": targets})
-    model = add_lora(base, config, seed=settings.seed)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(
-        f"model: {kit.plan.model_type}, layers {kit.plan.party_layers} here, {len(kit.plan.trunk_layers)} with the "
-        f"owner; {trainable:,} of {parameter_count(model):,} parameters held here are tuned"
-    )
-    return model
 
 
 def _training_arguments(settings: TuneSettings, run: RunDirectory) -> TrainingArguments:
@@ -202,21 +208,23 @@ def _training_arguments(settings: TuneSettings, run: RunDirectory) -> TrainingAr
     return TrainingArguments(**{**fixed, **settings.training_kwargs()})
 
 
-def _score(settings: TuneSettings, kit: Kit, data: Data, model: PeftModel) -> Score:
+def _score(settings: TuneSettings, kit: Kit, data: Data, place: Workplace) -> Score:
     assert data.held_out is not None  # noqa: S101
     return evaluate(
-        model,
-        data.held_out,
+        place.model,
+        numbered(data.held_out),
         data.collator,
         task=kit.plan.task,
         batch_size=settings.per_device_eval_batch_size,
         device=settings.device,
+        on_batch=place.tracker.scoring,
     )
 
 
 def _start_facts(
-    settings: TuneSettings, kit: Kit, data: Data, session: Session, model: PeftModel, **more: Any
+    settings: TuneSettings, kit: Kit, data: Data, preparation: Preparation, model: PeftModel
 ) -> dict[str, Any]:
+    compute, protection = resolve_dtype(kit, settings.dtype), preparation.protection
     return {
         "role": "data holder",
         "protocol": settings.protocol,
@@ -226,15 +234,18 @@ def _start_facts(
         "top": kit.plan.top,
         "layers": kit.plan.layers,
         "fingerprint": kit.plan.trunk,
-        "dtype": resolve_dtype(kit, settings.dtype),
-        "wire_dtype": session.terms.wire_dtype,
+        "dtype": compute,
+        "wire_dtype": compute if settings.wire_dtype == "auto" else settings.wire_dtype,
+        "hidden_coding": protection.hidden_coding,
+        "gradient_coding": protection.gradient_coding,
+        "mechanism": "none" if protection.hidden is None else protection.hidden.name,
+        "claim": preparation.claim.sentence(),
         "memory": settings.memory,
         "form": data.form,
         "train_rows": data.train.counts.rows,
         "train_tokens": data.train.counts.tokens,
         "eval_rows": data.held_out.counts.rows if data.held_out is not None else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **more,
     }
 
 
@@ -249,14 +260,14 @@ def _in_words(score: Score) -> str:
 
 
 def _finish(
-    settings: TuneSettings, run: RunDirectory, trainer: SplitTrainer, session: Session, before: Score | None,
+    settings: TuneSettings, run: RunDirectory, trainer: SplitTrainer, place: Workplace, before: Score | None,
     after: Score | None, seconds: float,
 ) -> None:  # fmt: skip
     """Figures, the report, and where things are."""
-    sent, received = as_size(session.bytes_sent), as_size(session.bytes_received)
+    sent, received = as_size(place.traffic.bytes_sent), as_size(place.traffic.bytes_received)
     say(f"{trainer.state.global_step} steps in {seconds:.0f} s; {sent} sent, {received} received")
     if settings.json is not None:
-        write_results(settings.json, "tune", settings, _results(trainer, session, before, after, seconds))
+        write_results(settings.json, "tune", settings, _results(trainer, place, before, after, seconds))
     try:
         say(f"report: {write_report(run.path)}")
     except UsageError as error:  # the extra is not installed; the run is complete without a page
@@ -265,7 +276,7 @@ def _finish(
 
 
 def _results(
-    trainer: SplitTrainer, session: Session, before: Score | None, after: Score | None, seconds: float
+    trainer: SplitTrainer, place: Workplace, before: Score | None, after: Score | None, seconds: float
 ) -> list[Result]:
     def one(metric: str, value: float, unit: str, reference: float | None = None) -> Result:
         return Result(case="tune", metric=metric, value=value, unit=unit, reference=reference)
@@ -274,8 +285,8 @@ def _results(
         one("steps", trainer.state.global_step, "steps"),
         one("seconds", seconds, "s"),
         one("tokens trained on", trainer.tokens_seen, "tokens"),
-        one("bytes sent", session.bytes_sent, "bytes"),
-        one("bytes received", session.bytes_received, "bytes"),
+        one("bytes sent", place.traffic.bytes_sent, "bytes"),
+        one("bytes received", place.traffic.bytes_received, "bytes"),
         one("peak memory", peak_rss_bytes(), "bytes"),
     ]
     for name, unit in (("loss", "nats"), ("perplexity", ""), ("accuracy", "share"), ("macro_f1", "")):

@@ -14,17 +14,20 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from party.bookkeeping import DataSet, run_name
 from party.evaluate import evaluate
 from party.model import open_model
+from party.opening import connect, data_set, guarded, open_book, prepare
+from party.protect import BatchRows, Guard, RowTracker, numbered
 from party.rundir import RunDirectory
 from party.session import Session
-from party.tune import connect
 from splitfl.adapters import open_adapter
 from splitfl.config import EvaluateSettings, GenerateSettings, TuneSettings
 from splitfl.data import Collator, encode_prompt, load_rows, tokenise
 from splitfl.errors import DataError, UsageError
 from splitfl.kit import Kit, open_kit
 from splitfl.metrics import Result, write_results
+from splitfl.rows import Row, fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class TunedModel:
     run: TuneSettings
     kit: Kit
     session: Session
+    guard: Guard
     model: Any
     tokenizer: PreTrainedTokenizerBase
 
@@ -51,11 +55,37 @@ def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = T
     if tuned.threads:
         torch.set_num_threads(tuned.threads)
     kit = open_kit(tuned.kit)
-    with contextlib.closing(connect(tuned, kit)) as session:
-        model: Any = open_model(kit, session, dtype=tuned.dtype, device=tuned.device)
+    preparation = prepare(tuned, kit, tuned.max_length or kit.plan.max_length or 2048)
+    with contextlib.closing(connect(tuned, kit, preparation.protection)) as session:
+        guard = guarded(tuned, session, preparation.protection, None)
+        model: Any = open_model(kit, guard, dtype=tuned.dtype, device=tuned.device)
         if adapter:
             model = open_adapter(model, run.adapter).eval()
-        yield TunedModel(run=tuned, kit=kit, session=session, model=model, tokenizer=kit.tokenizer())
+        yield TunedModel(run=tuned, kit=kit, session=session, guard=guard, model=model, tokenizer=kit.tokenizer())
+
+
+@contextlib.contextmanager
+def booked(opened: TunedModel, data: DataSet, *, pieces: int | None = None) -> Iterator[RowTracker]:
+    """Book what is sent of these rows.
+
+    Args:
+        opened: the model.
+        data: the rows.
+        pieces: book so many sends of the one row there is at once, before the first: for a generation, which sends a
+            position at a time. None books each send by itself.
+    """
+    name = run_name(opened.run.out, resumed=True)
+    with open_book(opened.run, name, {data.fingerprint: data}) as book:
+        protection = opened.guard.protection
+        if pieces is None:
+            opened.guard.book = book
+        else:
+            rows = BatchRows(dataset=data.fingerprint, rows=(0,))
+            book.charge("activations", protection.hidden, rows, formal=protection.formal, pieces=pieces)
+        try:
+            yield RowTracker(opened.guard, train=data.fingerprint)
+        finally:
+            opened.guard.book = None
 
 
 def evaluate_run(settings: EvaluateSettings) -> None:
@@ -64,7 +94,13 @@ def evaluate_run(settings: EvaluateSettings) -> None:
         kit, run = opened.kit, opened.run
         columns = settings.column_map() or run.column_map()
         label2id = dict(kit.config.label2id or {}) if kit.plan.task == "sequence-classification" else None
-        rows = load_rows(settings.eval, columns=columns, task=kit.plan.task, label2id=label2id)
+        rows = load_rows(
+            settings.eval,
+            columns=columns,
+            task=kit.plan.task,
+            label2id=label2id,
+            person_column=run.person_column,
+        )
         examples = tokenise(
             rows,
             opened.tokenizer,
@@ -73,16 +109,20 @@ def evaluate_run(settings: EvaluateSettings) -> None:
             truncation=settings.truncation or run.truncation,
         )
         started = time.monotonic()
-        with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
+        with (
+            booked(opened, data_set(rows, examples, settings.eval)) as tracker,
+            Progress(disable=not sys.stderr.isatty(), transient=True) as bar,
+        ):
             task = bar.add_task("evaluate", total=len(examples))
             score = evaluate(
                 opened.model,
-                examples,
+                numbered(examples),
                 Collator(opened.tokenizer, padding_side=run.padding_side, pad_token_id=kit.config.pad_token_id),
                 task=kit.plan.task,
                 batch_size=settings.per_device_eval_batch_size,
                 device=run.device,
                 progress=lambda done: bar.update(task, completed=done),
+                on_batch=tracker.scoring,
             )
         seconds = time.monotonic() - started
     units = {"loss": "nats", "counted": "tokens" if kit.plan.task == "causal-lm" else "rows", "accuracy": "share"}
@@ -123,7 +163,8 @@ def generate_from_run(settings: GenerateSettings) -> None:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
         set_seed(settings.seed)
         started = time.monotonic()
-        with torch.no_grad():
+        asked = DataSet(fingerprint=fingerprint([Row(line=1, text=prompt)]), label="a prompt", units=["0"], unit="row")
+        with booked(opened, asked, pieces=settings.max_new_tokens), torch.no_grad():
             output = opened.model.generate(
                 input_ids=torch.tensor([ids], device=opened.run.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=opened.run.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from splitfl.privacy.disclosure import Disclosure
 
@@ -17,3 +18,16 @@ class Protocol:
     party_trains: str
     owner_trains: str
     disclosure: Disclosure
+    trains_bottom: bool = True
+    """Whether the party tunes layers below the cut, so that what is sent of a row changes from step to step."""
+    sends_once: bool = False
+    """Whether each row is sent once, and the trunk's reply is kept by the party for all epochs."""
+    quantise: Literal["none", "int8", "int4"] = "none"
+    """Coding of what the party sends, unless the run chooses another."""
+    decorrelate: float = 0.0
+    """Weight of the distance correlation in the loss, unless the run chooses another."""
+
+    @property
+    def sends_gradients(self) -> bool:
+        """Whether a gradient may cross at all; the disclosure decides, and both sessions hold to it."""
+        return self.disclosure.allows("backward", ("gradient",), "party to owner")

@@ -76,14 +76,29 @@ def lora_config(
     bias: str = "none",
     use_rslora: bool = False,
     use_dora: bool = False,
+    top_alone: bool = False,
 ) -> LoraConfig:
-    """A `peft.LoraConfig` (same names, same meanings) confined to the party's layers of `model`."""
+    """A `peft.LoraConfig` (same names, same meanings) confined to the party's layers of `model`.
+
+    Args:
+        top_alone: leave the layers below the cut as they are.
+
+    Raises:
+        UsageError: a target that is not there, or no layer above the cut to tune.
+    """
+    layers = [index for index in plan.party_layers if not top_alone or index >= plan.trunk_layers.stop]
+    if not layers and plan.task == "causal-lm":
+        raise UsageError(
+            f"Nothing is left to tune: the kit holds {plan.bottom} layers below the cut, which stay as they are, and "
+            f"{plan.top} above it.",
+            hint="use a kit with --top 1 or more",
+        )
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=choose_targets(model, plan, target_modules),
-        layers_to_transform=plan.party_layers,
+        layers_to_transform=layers,
         layers_pattern=plan.stack.rsplit(".", 1)[-1],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         bias=bias,

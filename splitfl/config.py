@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from splitfl.config_privacy import ProtectionSettings
 from splitfl.errors import UsageError
 from splitfl.options import Check, Panel, Settings, above, at_least, between, fields_of
 from splitfl.options.values import (
@@ -153,7 +154,7 @@ class ServeSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneSettings(Settings):
+class TuneSettings(ProtectionSettings):
     """Train adapters on your own rows, with the owner's trunk in the middle. Writes a run directory."""
 
     kit: Annotated[Path, "Kit directory, as received from the owner."]
@@ -224,6 +225,12 @@ class TuneSettings(Settings):
         """Refuse an open channel beyond loopback, zero steps, and unknown training arguments."""
         _check_link(self.insecure_loopback, self.owner, {"--owner-key": self.owner_key, "--key": self.key})
         self.column_map()
+        self.check_protection()
+        if self.hide_lengths and (self.padding_side != "right" or self.max_length is None):
+            raise UsageError(
+                "--hide-lengths pads every row to one length, on the right.",
+                expected="--padding-side right and a --max-length",
+            )
         if self.max_steps == 0:
             raise UsageError(
                 "--max-steps is 0: nothing would be trained.", expected="1 or more, or -1 for whole epochs"

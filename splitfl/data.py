@@ -60,6 +60,8 @@ class Examples(list[Example]):
     """The examples in the order of the rows: a list, as `transformers.Trainer` takes it, with what was counted."""
 
     counts: Counts
+    sources: list[int]
+    """For each example, the number of the row it was made from, from 0."""
 
     def __repr__(self) -> str:
         return f"Examples({len(self)} of them)"
@@ -102,8 +104,11 @@ def tokenise(
     eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
     how = _How(tokenizer, rows, max_length, truncation, answer_only, bos_token_id, eos)
     kept, left = Examples(), _Left()
-    for row, example in _classified(how) if rows.task == "sequence-classification" else _answered(how):
+    kept.sources = []
+    made = _classified(how) if rows.task == "sequence-classification" else _answered(how)
+    for number, (row, example) in enumerate(made):
         kept.extend(_fitting(how, row, example, left))
+        kept.sources.extend([number] * (len(kept) - len(kept.sources)))
     if left.long and (truncation == "error" or not kept):
         raise _too_long(how, left.long)
     if not kept:

@@ -72,6 +72,8 @@ class Row:
     answers_from: int = 0
     """First turn of `messages` that may count as an answer."""
     label: int | str | None = None
+    person: str | None = None
+    """Whom the row belongs to, where a column says so; for accounting alone, and part of no text."""
 
     def __repr__(self) -> str:
         return f"Row(line={self.line})"
@@ -109,8 +111,9 @@ class Rows(Sequence[Row]):
 
 
 def load_rows(
-    path: Path, *, columns: Mapping[str, str] | None = None, task: Task, label2id: Mapping[str, int] | None = None
-) -> Rows:
+    path: Path, *, columns: Mapping[str, str] | None = None, task: Task, label2id: Mapping[str, int] | None = None,
+    person_column: str | None = None,
+) -> Rows:  # fmt: skip
     """Read and check every row of a file or of a saved data set.
 
     Args:
@@ -123,6 +126,7 @@ def load_rows(
         label2id: class name -> class number, as in a model's configuration. Without it (or when it holds nothing but
             the library's ``LABEL_0``, ``LABEL_1``, ...) words are numbered in sorted order. Give the training rows'
             `Rows.label2id` when reading the evaluation rows: a file that lacks a class would be numbered otherwise.
+        person_column: the file's column that says whose row it is; every row must have it.
 
     Raises:
         DataError: a file that cannot be read, or its first bad row, by file and line.
@@ -139,6 +143,8 @@ def load_rows(
         record = _Record(place(path, line), values, columns, open=not records.table)
         form = record.fit(forms, first)
         row, first = _build(record, line, form), form
+        if person_column is not None:
+            row = replace(row, person=record.person(person_column))
         if rows and bool(row.messages) != bool(rows[0].messages):
             raise record.bad(
                 "mixes turns and text", f"prompt and completion of the same kind as on line {rows[0].line}"
@@ -237,6 +243,13 @@ class _Record:
         if not _is_unicode(value):
             raise self.bad(f"has half of a surrogate pair in {name}", "text that can be written as UTF-8")
         return value
+
+    def person(self, column: str) -> str:
+        """Whom the row belongs to."""
+        value = self.values.get(column)
+        if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
+            raise self.bad(f"names no person in the column {printable(column)!r}", "a name or a number in every row")
+        return str(value).strip()
 
     def turns(self, name: str) -> tuple[Turn, ...]:
         """A list of turns, kept whole: a chat template may read more than role and content."""

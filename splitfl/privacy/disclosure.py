@@ -6,7 +6,8 @@ not only printed. `docs/protocols.md` and each run's `disclosure.json` are gener
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Direction = Literal["party to owner", "owner to party"]
@@ -42,6 +43,20 @@ class Disclosure:
         """Whether a message of this kind with these tensor frames may cross in this direction."""
         listed = [c for c in self.crossings if c.message == message and c.direction == direction]
         return bool(listed) and set(tensors) <= {c.tensor for c in listed}
+
+    def with_bounds(self, bounds: Mapping[tuple[str, str], str]) -> Disclosure:
+        """This disclosure with what a run's mechanisms prove, or do not.
+
+        Args:
+            bounds: (message, tensor) to the bound, in words.
+        """
+        found = tuple(
+            replace(c, bound=bounds[c.message, c.tensor])
+            if c.tensor is not None and (c.message, c.tensor) in bounds
+            else c
+            for c in self.crossings
+        )
+        return replace(self, crossings=found)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, as written to ``disclosure.json``."""

@@ -1,0 +1,271 @@
+"""Where a run trains: the party's model with the trunk over the network, or with the trunk's replies kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from party.bookkeeping import Book, describe, keep_name
+from party.cache import CacheKey, TrunkCache, cache_bytes, fill, put_cached_trunk
+from party.model import open_model, resolve_dtype
+from party.opening import Preparation, connect, guarded, say
+from party.progress import Traffic
+from party.protect import RowTracker
+from party.remote import RemoteTrunk
+from party.rundir import RunDirectory
+from splitfl.adapters import add_lora, lora_config
+from splitfl.config import TuneSettings
+from splitfl.cut import module_at
+from splitfl.data import Examples
+from splitfl.errors import UsageError
+from splitfl.kit import DTYPES, Kit
+from splitfl.load import parameter_count
+from splitfl.metrics import RunLog
+from splitfl.privacy.decorrelation import distance_correlation, flatten_tokens
+from splitfl.report import as_duration, as_size
+
+if TYPE_CHECKING:
+    from party.tune import Data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """Everything that training needs and that differs between protocols."""
+
+    model: PeftModel
+    tracker: RowTracker
+    traffic: Traffic
+    log: RunLog
+    extra_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(kw_only=True)
+class _Counted:
+    """Bytes of sessions that are over."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@contextlib.contextmanager
+def open_workplace(
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
+) -> Iterator[Workplace]:
+    """The model, ready to be trained; whatever was opened for it is closed afterwards."""
+    opened = _kept_replies if preparation.protocol.sends_once else _over_the_network
+    with opened(settings, kit, run, data, preparation, book) as place:
+        yield place
+
+
+def _begin(settings: TuneSettings, run: RunDirectory, preparation: Preparation, book: Book, data: Data) -> None:
+    """The run directory, and the run's place in the ledger."""
+    book.ledger.check_run(book.run, data.train_set.fingerprint)
+    run.prepare(settings, preparation.bounds)
+    keep_name(run.path, book.run)
+    run.drop_unfinished()
+
+
+def tunable(settings: TuneSettings, kit: Kit, base: PreTrainedModel, *, top_alone: bool) -> PeftModel:
+    """`base` with fresh adapters, as the settings say."""
+    lora = settings.lora_kwargs()
+    targets = list(settings.target_modules) or None
+    config = lora_config(base, kit.plan, **{**lora, "target_modules": targets}, top_alone=top_alone)
+    model = add_lora(base, config, seed=settings.seed)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(
+        f"model: {kit.plan.model_type}, layers {kit.plan.party_layers} here, {len(kit.plan.trunk_layers)} with the "
+        f"owner; {trainable:,} of {parameter_count(model):,} parameters held here are tuned"
+    )
+    return model
+
+
+# ---- the trunk over the network
+
+
+@contextlib.contextmanager
+def _over_the_network(
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
+) -> Iterator[Workplace]:
+    protection = preparation.protection
+    with contextlib.closing(connect(settings, kit, protection)) as session, contextlib.ExitStack() as stack:
+        logs: list[RunLog] = []
+        guard = guarded(settings, session, protection, book, lambda facts: logs[0].write("probe", **facts))
+        base = open_model(kit, guard, dtype=settings.dtype, device=settings.device)
+        model = tunable(settings, kit, base, top_alone=not protection.trains_bottom)
+        _begin(settings, run, preparation, book, data)
+        logs.append(stack.enter_context(RunLog(run.log)))
+        weight = protection.decorrelate
+        yield Workplace(
+            model=model,
+            tracker=_tracker(guard, data, kit),
+            traffic=session,
+            log=logs[0],
+            extra_loss=Decorrelation(base, remote_trunk(base, kit), weight) if weight else None,
+        )
+
+
+def _tracker(target: object, data: Data, kit: Kit) -> RowTracker:
+    return RowTracker(
+        target,  # type: ignore[arg-type]
+        train=data.train_set.fingerprint,
+        held_out=data.held_out_set.fingerprint if data.held_out_set else None,
+        labels=kit.plan.task == "sequence-classification",
+    )
+
+
+def remote_trunk(base: PreTrainedModel, kit: Kit) -> RemoteTrunk:
+    """The remote trunk of a party's model."""
+    found = module_at(base.base_model, kit.plan.stack)[kit.plan.bottom]
+    assert isinstance(found, RemoteTrunk)  # noqa: S101
+    return found
+
+
+class Decorrelation:
+    """A loss on what is sent: its squared distance correlation with the tokens' embeddings, times a weight.
+
+    Args:
+        base: the party's model.
+        remote: its remote trunk, which shows what comes out of the bottom.
+        weight: of the loss; GuardedTuning's lambda.
+    """
+
+    def __init__(self, base: PreTrainedModel, remote: RemoteTrunk, weight: float) -> None:
+        self.weight = weight
+        self._embedded: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None
+        base.get_input_embeddings().register_forward_hook(self._note_embedded)
+        remote.on_hidden = self._note_hidden
+
+    def _note_embedded(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        self._embedded = output.detach()
+
+    def _note_hidden(self, hidden: torch.Tensor) -> None:
+        self._hidden = hidden
+
+    def __call__(self, mask: torch.Tensor) -> torch.Tensor:
+        """The loss of the batch that has just passed; `mask` [B, T] is 1 where there is a token."""
+        assert self._embedded is not None  # noqa: S101
+        assert self._hidden is not None  # noqa: S101
+        mask = mask.to(self._hidden.device)
+        embedded = flatten_tokens(self._embedded, mask)
+        hidden = flatten_tokens(self._hidden, mask)
+        self._hidden = None  # its graph goes with the batch
+        return self.weight * distance_correlation(embedded, hidden)
+
+
+# ---- the trunk's replies on disk
+
+
+@contextlib.contextmanager
+def _kept_replies(
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
+) -> Iterator[Workplace]:
+    """Send what has not been sent, then train without the owner."""
+    compute = resolve_dtype(kit, settings.dtype)
+    dtype = DTYPES[compute if settings.wire_dtype == "auto" else settings.wire_dtype]
+    files = {data.train_set.fingerprint: ("train", data.train)}
+    if data.held_out is not None and data.held_out_set is not None:
+        files[data.held_out_set.fingerprint] = ("held-out", data.held_out)
+    _begin(settings, run, preparation, book, data)
+    caches = {
+        name: _open_cache(settings, kit, run, preparation, name, folder, examples, dtype)
+        for name, (folder, examples) in files.items()
+    }
+    traffic = _Counted()
+    with RunLog(run.log) as log:
+        if any(cache.missing for cache in caches.values()):
+            _send_once(settings, kit, data, preparation, book, caches, files, dtype, traffic, log)
+        else:
+            say("every row has been sent; the owner is not needed")
+        base = open_model(kit, NoLink(), dtype=settings.dtype, device=settings.device)
+        cached = put_cached_trunk(base, kit.plan, settings.padding_side)
+        for cache in caches.values():
+            cache.load()
+        cached.caches = caches
+        model = tunable(settings, kit, base, top_alone=True)
+        yield Workplace(model=model, tracker=_tracker(cached, data, kit), traffic=traffic, log=log)
+
+
+def _open_cache(
+    settings: TuneSettings, kit: Kit, run: RunDirectory, preparation: Preparation, name: str, folder: str,
+    examples: Examples, dtype: torch.dtype,
+) -> TrunkCache:  # fmt: skip
+    protection = preparation.protection
+    key = CacheKey(
+        plan=kit.plan.digest,
+        dataset=name,
+        protection=f"{protection.hidden!r} {protection.hidden_coding} {protection.hide_lengths}"
+        if protection.hidden
+        else describe(None),
+        dtype=str(dtype).removeprefix("torch."),
+        padding_side=settings.padding_side,
+        batch_size=settings.per_device_eval_batch_size,
+        examples=len(examples),
+    )
+    lengths = [len(example["input_ids"]) for example in examples]
+    cache = TrunkCache(run.replies / folder, key, lengths)
+    size = as_size(cache_bytes(lengths, kit.plan.width, dtype))
+    say(f"{folder}: {len(lengths)} rows, {sum(lengths):,} tokens; the trunk's replies take {size} in {cache.folder}")
+    return cache
+
+
+def _send_once(
+    settings: TuneSettings, kit: Kit, data: Data, preparation: Preparation, book: Book, caches: dict[str, TrunkCache],
+    files: dict[str, tuple[str, Examples]], dtype: torch.dtype, traffic: _Counted, log: RunLog,
+) -> None:  # fmt: skip
+    with contextlib.closing(connect(settings, kit, preparation.protection)) as session:
+        guard = guarded(settings, session, preparation.protection, book, lambda facts: log.write("probe", **facts))
+        base = open_model(kit, guard, dtype=settings.dtype, device=settings.device)
+        for name, (folder, examples) in files.items():
+            cache = caches[name]
+            rows = sum(len(cache.batches[batch]) for batch in cache.missing)
+            told = _Told(folder)
+            fill(
+                cache,
+                base,
+                remote_trunk(base, kit),
+                guard,
+                examples=examples,
+                collator=data.collator,
+                dtype=dtype,
+                device=settings.device,
+                told=told,
+            )
+            log.write("pass", rows=rows, of=folder, seconds=told.seconds)
+    traffic.bytes_sent, traffic.bytes_received = session.bytes_sent, session.bytes_received
+    say(f"every row has been sent once: {as_size(traffic.bytes_sent)} sent, {as_size(traffic.bytes_received)} received")
+
+
+class _Told:
+    """A line every few seconds: how far the pass is, how fast, and how long it will take."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.seconds, self._next = folder, 0.0, 2.0
+
+    def __call__(self, done: int, total: int, seconds: float) -> None:
+        self.seconds = seconds
+        if seconds >= self._next and done < total:
+            self._next = seconds + 5
+            left = as_duration(seconds / done * (total - done))
+            say(f"{self.folder}: batch {done}/{total}, {done / seconds:.1f} batches/s, about {left} left")
+
+
+class NoLink:
+    """The road to a trunk that nobody needs any more."""
+
+    def forward(self, request: object) -> tuple[torch.Tensor, int]:
+        """Nobody asks."""
+        raise UsageError("The trunk was asked for, but this run works with kept replies.")
+
+    def backward(self, step: int, gradient: object) -> torch.Tensor:
+        """Nobody asks."""
+        raise UsageError("The trunk was asked for, but this run works with kept replies.")
+
+    def release(self, *, caches: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> None:
+        """Nothing is held anywhere."""

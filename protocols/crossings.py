@@ -1,0 +1,54 @@
+"""What several protocols let cross, told once."""
+
+from __future__ import annotations
+
+from splitfl.privacy.disclosure import Crossing, Direction
+
+UP: Direction = "party to owner"
+DOWN: Direction = "owner to party"
+
+EVERY_BATCH = "every batch, at every training step and every evaluation pass"
+EVERY_STEP = "every training step"
+
+
+def _one(message: str, direction: Direction, content: str, how_often: str, tensor: str | None = None) -> Crossing:
+    return Crossing(
+        message=message, tensor=tensor, direction=direction, content=content, how_often=how_often, bound="none"
+    )
+
+
+CONVERSATION = (
+    _one(
+        "hello",
+        UP,
+        "fingerprints of kit and trunk, protocol name, wire dtype and codings, wire version",
+        "once a session, and again after a lost link",
+    ),
+    _one("release", UP, "numbers of caches and steps that are not needed any more", "now and then"),
+    _one("bye", UP, "end of the session", "once"),
+    _one("welcome", DOWN, "limits of the session", "once a session, and again after a lost link"),
+    _one("refused", DOWN, "a refusal with its code and reason", "when a request is not allowed"),
+    _one("closed", DOWN, "end of the session", "once"),
+)
+"""What every session says, whatever its protocol."""
+
+
+def forward(how_often: str) -> tuple[Crossing, ...]:
+    """Activations up, and the trunk's output down."""
+    return (
+        _one("forward", UP, "activations of the rows at the lower cut", how_often, "hidden"),
+        _one("forward", UP, "which positions are padding: the length of every row", how_often, "mask"),
+        _one("forward", UP, "position numbers, where the batch does not count them from 0", how_often, "positions"),
+        _one("forward_done", DOWN, "the trunk's output for those activations", how_often, "hidden"),
+    )
+
+
+def backward(how_often: str) -> tuple[Crossing, ...]:
+    """Gradients up and down."""
+    return (
+        _one("backward", UP, "gradient of the loss at the upper cut, which depends on labels", how_often, "gradient"),
+        _one("backward_done", DOWN, "that gradient carried through the trunk to the lower cut", how_often, "gradient"),
+    )
+
+
+NEVER = ("rows, text or token ids", "labels or the loss", "adapter weights", "any tensor of the trunk")

@@ -1,0 +1,136 @@
+"""The options of `splitfl tune` that say what is done to a tensor before it leaves; kept apart, for they are many.
+
+None of them does anything by itself: `party.protect` puts mechanisms together from them, and refuses what makes no
+sense for the model, the cut or the protocol at hand. What makes no sense whatever the model is refused here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from splitfl.errors import UsageError
+from splitfl.options import Check, Panel, Settings, above, at_least
+
+PROTECTION = Panel("What is done before a tensor leaves (see docs/protocols.md)")
+LEDGER = Panel("Ledger and checks")
+
+_DELTA = Check(test=lambda value: 0 < value < 1, expected="between 0 and 1, such as 1e-6")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectionSettings(Settings):
+    """Mechanisms on activations and gradients, their size, and where releases are booked."""
+
+    noise: Annotated[
+        Literal["none", "gauss", "dchi"], "Noise on activations: discrete Gaussian, or metric (dchi).", PROTECTION
+    ] = "none"
+    clip: Annotated[float | None, "Largest norm of a row's activations (of a token's, with --unit token).",
+                    above(0), PROTECTION] = None  # fmt: skip
+    sigma: Annotated[float | None, "Standard deviation of the Gaussian noise.", above(0), PROTECTION] = None
+    epsilon: Annotated[float | None, "Instead of --sigma: epsilon for all releases of a row together.",
+                       above(0), PROTECTION] = None  # fmt: skip
+    delta: Annotated[float | None, "Delta that goes with --epsilon.", _DELTA, PROTECTION] = None
+    unit: Annotated[Literal["record", "token"] | None, "What epsilon protects; token only at the embedding output.",
+                    PROTECTION] = None  # fmt: skip
+    releases: Annotated[int | None, "How often a row will be sent. Default: worked out from the run.",
+                        at_least(1), PROTECTION] = None  # fmt: skip
+    eta: Annotated[float | None, "Size of the dchi noise: epsilon a unit of distance.", above(0), PROTECTION] = None
+    snap: Annotated[bool, "With dchi: send the nearest token's embedding instead.", PROTECTION] = False
+    quantise: Annotated[
+        Literal["none", "int8", "int4"] | None, "Fewer bits a number. Default: as the protocol says.", PROTECTION
+    ] = None
+    keep_largest: Annotated[int | None, "Send so many numbers of each token, the largest.", at_least(1), PROTECTION] = (
+        None
+    )
+    decorrelate: Annotated[float | None, "Weight of the distance correlation between embeddings and what is sent. "
+                           "Default: as the protocol says.", at_least(0), PROTECTION] = None  # fmt: skip
+    gradient_clip: Annotated[float | None, "Largest norm of a token's gradient.", above(0), PROTECTION] = None
+    gradient_sigma: Annotated[float | None, "Standard deviation of the noise on gradients, masked rows included.",
+                              above(0), PROTECTION] = None  # fmt: skip
+    label_noise: Annotated[
+        Literal["none", "max-norm", "marvell"], "Classification: noise on gradients that hides labels.", PROTECTION
+    ] = "none"
+    label_power: Annotated[float, "With marvell: noise power over the gradients' own.", above(0), PROTECTION] = 4.0
+    label_epsilon: Annotated[float | None, "Classification: randomised response on the labels, once a run.",
+                             above(0), PROTECTION] = None  # fmt: skip
+    freeze_bottom: Annotated[bool, "Train the top alone: what is sent of a row never changes.", PROTECTION] = False
+    hide_lengths: Annotated[bool, "Pad every row to --max-length and send no mask (causal models).", PROTECTION] = False
+
+    ledger: Annotated[Path | None, "Ledger file. Default: $SPLITFL_LEDGER, or in the user's data folder.", LEDGER] = (
+        None
+    )
+    person_column: Annotated[str | None, "Column that names the person a row belongs to.", LEDGER] = None
+    probe_every: Annotated[int, "Steps between two checks that the owner answers honestly; 0: none.",
+                           at_least(0), LEDGER] = 50  # fmt: skip
+
+    def check_protection(self) -> None:
+        """Refuse noise without a bound, epsilon without what belongs to it, and settings that nothing would read."""
+        if self.noise == "gauss":
+            self._check_gauss()
+        else:
+            for name in ("clip", "sigma", "epsilon", "delta", "unit"):
+                self._refuse_alone(name, "--noise gauss")
+        if self.noise == "dchi":
+            if self.eta is None:
+                raise UsageError("--noise dchi was asked for without its size.", hint="add --eta, for instance 100")
+        else:
+            self._refuse_alone("eta", "--noise dchi")
+            if self.snap:
+                raise UsageError("--snap has no effect without --noise dchi.")
+        self._check_channels()
+
+    def _check_gauss(self) -> None:
+        if self.clip is None:
+            raise UsageError(
+                "--noise gauss was asked for without --clip: noise hides nothing of a row whose size has no bound.",
+                hint="add --clip; a preview of a run with any clip prints the norms of your rows",
+            )
+        if self.epsilon is None and self.delta is not None:
+            raise UsageError("--delta was given without --epsilon.", hint="give both, or --sigma")
+        if (self.sigma is None) == (self.epsilon is None):
+            came = "neither" if self.sigma is None else "both"
+            raise UsageError(f"Of --sigma and --epsilon, {came} was given.", expected="exactly one of them")
+        if self.epsilon is not None and (self.delta is None or self.unit is None):
+            missing = " and ".join(
+                flag for flag, value in (("--delta", self.delta), ("--unit", self.unit)) if value is None
+            )
+            raise UsageError(
+                f"--epsilon {self.epsilon:g} says nothing without {missing}.",
+                hint="for instance --epsilon 8 --delta 1e-6 --unit record",
+            )
+        if self.quantise in ("int8", "int4"):
+            raise UsageError(
+                f"--quantise {self.quantise} with --noise gauss: the noise already goes out on an integer grid.",
+                hint="leave --quantise out",
+            )
+        if self.keep_largest is not None:
+            raise UsageError(
+                "--keep-largest with --noise gauss: which numbers are largest would be told without any noise.",
+                hint="leave one of the two out",
+            )
+
+    def _check_channels(self) -> None:
+        if (self.gradient_clip is None) != (self.gradient_sigma is None):
+            raise UsageError(
+                "Of --gradient-clip and --gradient-sigma, only one was given.", expected="both, or neither"
+            )
+        if self.keep_largest is not None and self.quantise in ("int8", "int4"):
+            raise UsageError("--keep-largest and --quantise both code the tensor.", expected="one of them")
+        if self.freeze_bottom and self.decorrelate:
+            raise UsageError(
+                "--decorrelate trains the bottom, and --freeze-bottom keeps it as it is.", expected="one of them"
+            )
+
+    def _refuse_alone(self, name: str, needs: str) -> None:
+        if getattr(self, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            hint = f"add {needs}, or leave {flag} out"
+            if self.noise == "dchi" and name in ("epsilon", "delta"):
+                raise UsageError(
+                    f"{flag} with --noise dchi: its bound grows with the distance between two texts and is no "
+                    "differential privacy.",
+                    hint="use --eta alone, or --noise gauss",
+                )
+            raise UsageError(f"{flag} has no effect without {needs}.", hint=hint)
