@@ -27,7 +27,7 @@ were not; then the run stops.
 *Repeat probe*: one input of standard normal numbers, made at the start, must give the same output each time. This sees
 changed weights. Outputs may differ by rounding (another device, another order of sums); beyond that, two more asks must
 differ too before the run stops. How often an output was not bitwise the first one is counted; a tolerance of 0 stops
-on it.
+on it. (In bfloat16 the default lets pass what 1 % of noise on one matrix does, in float32 what 0.001 % does.)
 
 Does not catch: an owner that recognises probes and answers them with what it wants to be believed (they are easy to
 recognise: the repeated input is always the same, and a pair of probes lies around a batch it has just seen); one that
@@ -61,15 +61,19 @@ Record: TypeAlias = Callable[[dict[str, Any]], None]
 _ROUNDINGS = {torch.float32: 64.0, torch.bfloat16: 16.0, torch.float16: 16.0}
 _KAPPA = 8.0  # largest |error| / chi^2 seen: 4.2, with random weights that curve a trunk far more than training does
 _SHARE = 0.05  # of `expected` that K sigma shall be
-_LEAST_REACH, _CODED_REACH, _BLIND_REACH, _MOST_REACH = 1e-3, 0.05, 0.1, 0.25  # blind: for a gradient of zeros
+_LEAST_REACHES = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+    torch.float16: 5e-3,
+}  # below, rounding looks like curvature
+_CODED_REACH, _MOST_REACH = 0.05, 0.25
 _GOOD, _LEAST_STRETCH = 0.25, 0.1  # allowance at which no better reach is looked for; how far from the first guess
-_CONCLUSIVE = 0.5  # largest allowance, as a share of `expected`, by which a consistent probe says something
+_CONCLUSIVE = 0.5  # largest allowance by which a consistent probe says something
 _LEAST_LEAN = 8.0  # of lambda
 
 # Largest relative change (root mean square over the output) that another order of sums explains.
-_REPEAT_TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-_REPEAT_LENGTH = 16
-_REPEAT_ASKS = 3
+_REPEAT_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+_REPEAT_LENGTH, _REPEAT_ASKS = 16, 3
 
 
 class CheatingOwnerError(WireError):
@@ -170,8 +174,8 @@ class HonestyProbe:
         if dtype not in _ROUNDINGS:
             raise UsageError(f"The rounding of {dtype} is not known.", expected=", ".join(map(str, _ROUNDINGS)))
         self.link, self.every, self.dtype, self.failures = link, every, dtype, failures
-        self.gradients, self.encode = gradients, encode or _as_it_is
-        self.on_probe, self.on_failure = on_probe or _nowhere, on_failure or _nowhere
+        self.gradients, self.encode = gradients, encode or (lambda values: values)
+        self.on_probe, self.on_failure = on_probe or (lambda _: None), on_failure or (lambda _: None)
         self.repeat_tolerance = _REPEAT_TOLERANCES[dtype] if repeat_tolerance is None else repeat_tolerance
         self.tally = Tally()
         self._stretch, self._change, self._allowed_before = 1.0, 0.7, math.inf
@@ -264,20 +268,23 @@ class HonestyProbe:
 
     def _measure(self, held: _Asked, v: torch.Tensor, g: torch.Tensor) -> Measurement:
         """Ask the owner on both sides of `held`'s hidden state; `v` and `g` float64 [B, T, D], as sent and received."""
+        if not v.any() or not g.isfinite().all():  # no labels in this batch, or no numbers to compare
+            return Measurement(verdict="inconclusive", reach=0.0)
         h, f = _wide(held.request.hidden, self.dtype), _wide(held.output)
         rounding = _ROUNDINGS[self.dtype] * _sigma(v, f, self.dtype)
-        shape, aligned = _direction(h, g)
-        signal = 2 * float((g * shape).sum())  # at a reach of 1
-        wanted = rounding / (_SHARE * signal) if aligned and signal > 0 else _BLIND_REACH
-        least = _CODED_REACH if isinstance(held.request.hidden, Coded) else _LEAST_REACH
-        reach = min(max(wanted * self._stretch, least), _MOST_REACH)
+        shape = _direction(h, g)
+        # What a reach of 1 would give; if all of `g` is zeros, what a gradient as large as `v` would.
+        signal = 2 * (float((g * shape).sum()) or float((v * shape).norm()))
+        wanted = self._stretch * rounding / (_SHARE * signal) if signal else math.inf
+        least = _CODED_REACH if isinstance(held.request.hidden, Coded) else _LEAST_REACHES[self.dtype]
+        reach = min(max(wanted, least), _MOST_REACH)
         above, f_above = self._ask(held.request, h + reach * shape)
         below, f_below = self._ask(held.request, h - reach * shape)
         change = f_above - f_below
         expected, measured = float((g * (above - below)).sum()), float((change * v).sum())
         bend, size = float((f_above + f_below - 2 * f).norm()), float(change.norm())
         curvature = bend / size if size else (math.inf if bend else 0.0)
-        return _judge(expected, measured, rounding, curvature, reach, sent=bool(v.any()))
+        return _judge(expected, measured, rounding, curvature, reach)
 
     def _ask(self, request: TrunkRequest, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk at `point`: the point as sent, and the output there; both float64 [B, T, D]."""
@@ -346,12 +353,10 @@ class HonestyProbe:
             raise self._failed
 
 
-def _judge(
-    expected: float, measured: float, rounding: float, curvature: float, reach: float, *, sent: bool
-) -> Measurement:
-    """The verdict over one probe; `rounding` is K sigma, `sent` whether any gradient but zeros went out."""
+def _judge(expected: float, measured: float, rounding: float, curvature: float, reach: float) -> Measurement:
+    """The verdict over one probe; `rounding` is K sigma."""
     size = max(abs(expected), abs(measured))
-    if not sent or not size or not all(map(math.isfinite, (size, rounding, curvature))):
+    if not size or not all(map(math.isfinite, (size, rounding, curvature))):
         return Measurement(verdict="inconclusive", reach=reach)
     deviation, share = abs(measured - expected) / size, rounding / size
     allowed = share + _KAPPA * curvature**2
@@ -373,8 +378,8 @@ def _sigma(v: torch.Tensor, f: torch.Tensor, dtype: torch.dtype) -> float:
     return math.sqrt(2) * torch.finfo(dtype).eps / 2 * float((v.square() * sizes).sum().sqrt())
 
 
-def _direction(h: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """u for a reach of 1, float64 [B, T, D], and whether it has a part along `g` (not if that is all zeros)."""
+def _direction(h: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """u for a reach of 1, float64 [B, T, D]; without a part along `g` if that is all zeros."""
     generator, scale = _fresh_generator(), h.square().mean(-1, keepdim=True).sqrt()
     z = torch.randn(h.shape, generator=generator, dtype=torch.float64)
     chosen = (torch.rand(h.shape[:2], generator=generator) < 0.5)[..., None]
@@ -382,19 +387,11 @@ def _direction(h: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, bool]:
     along = part if bool(part.any()) else whole
     size = float(along.norm())
     if not 0 < size < math.inf:
-        return scale * z, False
+        return scale * z
     if float((whole * z).sum()) < 0:
         z = -z  # as likely; so that both parts add up
     lean = max(_LEAST_LEAN, math.sqrt(h.numel()) / 8)
-    return scale * (z + lean * along / size), True
-
-
-def _as_it_is(values: torch.Tensor) -> torch.Tensor | Coded:
-    return values
-
-
-def _nowhere(_: dict[str, Any]) -> None:
-    """For records that nobody asked for."""
+    return scale * (z + lean * along / size)
 
 
 def _fresh_generator() -> torch.Generator:

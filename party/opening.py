@@ -44,6 +44,15 @@ class Preparation:
     claim: calibration.Claim
     preview: tuple[tuple[str, str], ...]
 
+    def show(self) -> None:
+        """Say what the run promises, before anything is sent."""
+        if self.protection.hidden is None:
+            say("protection: none; whoever knows the base weights can read most of the text from what is sent")
+            return
+        wide = max(len(label) for label, _ in self.preview)
+        for label, text in self.preview:
+            say(f"{label:{wide}}  {text}")
+
     @property
     def bounds(self) -> dict[tuple[str, str], str]:
         """The bound on each tensor, for ``disclosure.json``."""
@@ -103,7 +112,7 @@ def _claim(settings: TuneSettings, kit: Kit, protection: Protection, releases: i
             releases=releases,
         )
     return calibration.Claim(
-        mechanism="nothing" if protection.hidden is None else protection.hidden.name,
+        mechanism="no mechanism" if protection.hidden is None else protection.hidden.name,
         channel="activations",
         unit=settings.unit or "record",
         sensitivity=None if gauss is None else gauss.sensitivity,

@@ -103,11 +103,13 @@ def _load_whole(model_dir: Path, kit: Kit, party: PreTrainedModel, dtype: torch.
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{model_dir} could not be loaded: {error}") from error
-    drawn = {name: tensor for name, tensor in party.state_dict().items() if name in info["missing_keys"]}
+    fresh = set(info["missing_keys"]) | {str(entry[0]) for entry in info["mismatched_keys"]}
+    drawn = {name: tensor for name, tensor in party.state_dict().items() if name in fresh}
     model.load_state_dict(drawn, strict=False)
     model.config.use_cache = False
     return model.eval()

@@ -63,8 +63,7 @@ def tune(settings: TuneSettings) -> int:
     say(f"train: {data.train.counts}")
     longest = max(len(example["input_ids"]) for example in data.train)
     preparation = prepare(settings, kit, longest)
-    for label, text in preparation.preview:
-        say(f"{label:22} {text}")
+    preparation.show()
     book = open_book(settings, run_name(run.path, resumed=settings.resume), data.sets)
     with book, open_workplace(settings, kit, run, data, preparation, book) as place:
         if settings.label_epsilon is not None:

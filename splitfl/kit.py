@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import safe_open
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -302,6 +303,8 @@ def write_kit(
         (staging / PLAN_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n")
         given = tensor_names(staging)
         _assert_no_trunk(given, plan)
+        classifies = task == "sequence-classification"
+        new_head = _not_in(checkpoint, given, model.base_model_prefix) if classifies else []
         if out.exists():
             shutil.rmtree(out)
         os.replace(staging, out)
@@ -312,14 +315,27 @@ def write_kit(
         given_parameters=sum(p.numel() for p in model.parameters()),
         all_tensors=len(checkpoint),
         given_tensors=len(given),
-        new_head=_not_in(checkpoint, given, model.base_model_prefix) if task == "sequence-classification" else [],
+        new_head=new_head,
         bytes=sum(file.stat().st_size for file in out.iterdir()),
     )
 
 
 def _not_in(checkpoint: dict[str, Path], given: dict[str, Path], prefix: str) -> list[str]:
-    """Tensors of the kit that the checkpoint lacks; one of a bare base model names its tensors without the prefix."""
-    return sorted(n for n in given if n not in checkpoint and n.removeprefix(prefix + ".") not in checkpoint)
+    """Head tensors of the kit that the checkpoint lacks or has in another shape.
+
+    A checkpoint of a bare base model names its tensors without the prefix.
+    """
+    return sorted(
+        name
+        for name in given
+        if (name not in checkpoint and name.removeprefix(prefix + ".") not in checkpoint)
+        or (name in checkpoint and not name.startswith(prefix + ".") and _shape(name, given) != _shape(name, checkpoint))
+    )
+
+
+def _shape(name: str, files: dict[str, Path]) -> list[int]:
+    with safe_open(files[name], framework="pt") as file:
+        return list(file.get_slice(name).get_shape())
 
 
 def _assert_no_trunk(names: dict[str, Path], plan: Plan) -> None:

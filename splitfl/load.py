@@ -98,7 +98,8 @@ def load_party_side(
     """Bottom and top of the model, on the CPU, in `dtype`, with pass-throughs where the trunk is.
 
     Args:
-        new_head: allow head tensors that the checkpoint lacks; they are drawn anew from torch's generator.
+        new_head: allow head tensors that the checkpoint lacks, or has for another number of classes; they are drawn
+            anew from torch's generator.
 
     Raises:
         ModelError: the checkpoint lacks tensors that this side holds.
@@ -136,7 +137,8 @@ def load_trunk_side(model_dir: Path, plan: Plan, *, dtype: torch.dtype, device: 
 def _refuse_missing(missing: set[str], model_dir: Path) -> None:
     if missing:
         raise ModelError(
-            f"{model_dir} lacks {len(missing)} tensors of this side, the first being {min(missing)}.",
+            f"{model_dir} lacks {len(missing)} tensors of this side, or has them in another shape; the first is "
+            f"{min(missing)}.",
             expected="a complete safetensors checkpoint of the model named in config.json",
         )
 
@@ -167,6 +169,7 @@ def _load_pruned(
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below, and only a head may be one of them
                 output_loading_info=True,
             )
         except (OSError, RuntimeError, ValueError) as error:

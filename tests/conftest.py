@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 # Before torch is loaded. Bitwise comparisons need the same number of threads on both sides, and child processes
@@ -14,6 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Started in the background by a script, this process ignores Ctrl-C, and so would every child that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Releases of rows are booked in a ledger; those of tests do not belong into the one of whoever runs them.
+os.environ["SPLITFL_LEDGER"] = os.path.join(tempfile.mkdtemp(prefix="splitfl-tests-"), "ledger.sqlite")
+atexit.register(shutil.rmtree, os.path.dirname(os.environ["SPLITFL_LEDGER"]), ignore_errors=True)
 
 import pytest
 

@@ -45,7 +45,7 @@ cached steps of generation, of the halves against the whole (`party/selfcheck.py
 
 What "equal" does and does not say: the halves run the same kernels on the same numbers, so on one machine nothing
 differs. Weights read in place from a file may lie at another alignment in the kit than in the model, and then the same
-product can round differently (up to 1e-5 was seen); these measurements copy them first. A trunk on another device, or a
+product can round differently (up to 6e-5 was seen); these measurements copy them first. A trunk on another device, or a
 wire that sends fewer bits, rounds too. The trunk runs without dropout, which the unsplit model would have in training,
 and without the load-balancing loss of mixture-of-experts models: a model that asks for it is refused.
 """

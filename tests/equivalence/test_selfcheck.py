@@ -32,6 +32,18 @@ def test_halves_of_a_model_pass(family, tmp_path):
     assert "float32" in str(outcome)
 
 
+def test_a_head_for_other_classes_than_the_checkpoints_is_drawn_anew(tmp_path):
+    model_dir = save_model("bert", tmp_path / "model")  # with a head for three classes
+    summary = write_kit(
+        model_dir, tmp_path / "kit", bottom=2, top=2, task="sequence-classification", label_names=("no", "yes")
+    )
+    assert summary.new_head == ["classifier.bias", "classifier.weight"]
+    kit = open_kit(tmp_path / "kit")
+    assert kit.load(torch.float32).classifier.weight.shape[0] == 2
+    trunk = Trunk(load_trunk_side(model_dir, kit.plan, dtype=torch.float32), kit.plan)
+    assert check_cut(model_dir, kit, trunk).largest <= 1e-6
+
+
 def test_halves_in_a_short_format_pass(tmp_path):
     outcome = check_cut(*cut_model("llama", tmp_path, "bfloat16"))
     assert outcome.dtype == "bfloat16"

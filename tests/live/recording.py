@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-import party.tune
+import party.opening
 from party.connect import open_session
 from splitfl.wire import frames as wire
 from splitfl.wire.codecs import Frame
@@ -76,5 +76,5 @@ def recorded_commands() -> Iterator[Recording]:
     """Record every session that a command opens in this process."""
     recording = Recording()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(party.tune, "open_session", functools.partial(open_session, tap=recording.tap))
+        patch.setattr(party.opening, "open_session", functools.partial(open_session, tap=recording.tap))
         yield recording

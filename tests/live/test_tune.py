@@ -39,7 +39,7 @@ def tuned(owner, finished):
 
 def test_a_run_directory_holds_what_it_should(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "adapter", "checkpoints", "config.toml", "disclosure.json", "report.html", "run.jsonl",
+        "adapter", "checkpoints", "config.toml", "disclosure.json", "ledger-run.txt", "report.html", "run.jsonl",
     }  # fmt: skip
     assert checkpoints(finished) == ["checkpoint-8", "checkpoint-12"]
     adapter = json.loads((finished / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
