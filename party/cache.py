@@ -8,13 +8,16 @@ stood, and neither owner nor bottom is needed any more.
     000012.safetensors        the trunk's reply, one tensor a row, without padding
 
 The outbox is why a killed pass releases nothing twice: a batch that was booked is sent again with the very same bytes
-(fresh noise would be a second release, and averaging the two would undo some of it).
+(fresh noise would be a second release, and averaging the two would undo some of it). Each outbox has a random number of
+its own, which its release is booked under. So where an outbox or a reply is lost and its batch is drawn anew, that is
+booked as the second release that it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +40,7 @@ from splitfl.link import TrunkRequest
 from splitfl.wire.coding import Coded
 
 _INDEX = "cache.json"
+_SENT_AGAIN = "remove this one file and resume: its rows will be sent, and booked, once more"
 
 
 class _ReplyKept(Exception):
@@ -51,8 +55,12 @@ class CacheKey:
     """Digest of the plan."""
     dataset: str
     """Fingerprint of the rows."""
+    tokens: str
+    """Digest of the rows' token ids: truncation and length limits change them."""
     protection: str
     """What was done to the activations, in words, with every number."""
+    compute: str
+    """Dtype in which the bottom computes."""
     dtype: str
     """Wire dtype of the replies."""
     padding_side: str
@@ -61,7 +69,7 @@ class CacheKey:
 
 
 class TrunkCache:
-    """Replies of the trunk for one file of rows.
+    """Replies of the trunk for one file of rows. Writes nothing before `start`.
 
     Args:
         folder: where they are kept.
@@ -70,6 +78,7 @@ class TrunkCache:
 
     Raises:
         UsageError: the folder holds replies of another key.
+        DataError: its index is damaged.
     """
 
     def __init__(self, folder: Path, key: CacheKey, lengths: Sequence[int]) -> None:
@@ -77,25 +86,33 @@ class TrunkCache:
         order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
         self.batches = [order[start : start + key.batch_size] for start in range(0, len(order), key.batch_size)]
         self._rows: dict[int, torch.Tensor] = {}
-        self.number = self._open()
+        self._check()
 
-    def _open(self) -> str:
-        """The cache's own random name, which its releases are booked under."""
+    def _check(self) -> None:
         index = self.folder / _INDEX
-        if index.is_file():
+        if not index.is_file():
+            return
+        try:
             held = json.loads(index.read_text(encoding="utf-8"))
             wrong = [name for name, value in vars(self.key).items() if held.get(name) != value]
-            if wrong:
-                facts = "; ".join(f"{name}: held {held.get(name)}, wanted {getattr(self.key, name)}" for name in wrong)
-                raise UsageError(
-                    f"{self.folder} holds the trunk's replies to something else ({facts}).",
-                    hint="choose another --out, or remove the folder: every row will be sent again",
-                )
-            return str(held["number"])
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{index} cannot be read.",
+                hint="put it back, or choose another --out: every row will be sent, and booked, once more",
+            ) from error
+        if wrong:
+            facts = "; ".join(f"{name}: held {held.get(name)}, wanted {getattr(self.key, name)}" for name in wrong)
+            raise UsageError(
+                f"{self.folder} holds the trunk's replies to something else ({facts}).",
+                expected="the settings that the run was started with",
+                hint="give those, or choose another --out: every row will be sent, and booked, once more",
+            )
+
+    def start(self) -> None:
+        """Make the folder, and say in it what the replies belong to."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = os.urandom(16).hex()
-        replace_text(index, json.dumps({**vars(self.key), "number": number}, indent=1) + "\n")
-        return number
+        if not (self.folder / _INDEX).is_file():
+            replace_text(self.folder / _INDEX, json.dumps(vars(self.key), indent=1) + "\n")
 
     def _reply(self, batch: int) -> Path:
         return self.folder / f"{batch:06d}.safetensors"
@@ -128,10 +145,7 @@ class TrunkCache:
             held = _load(self._reply(batch))
             for row in rows:
                 if f"row-{row}" not in held:
-                    raise DataError(
-                        f"{self._reply(batch)} lacks a reply that belongs there.",
-                        hint="remove this one file and resume",
-                    )
+                    raise DataError(f"{self._reply(batch)} lacks a reply that belongs there.", hint=_SENT_AGAIN)
                 self._rows[row] = held[f"row-{row}"]
 
     def padded(self, rows: Sequence[int], width: int, side: str) -> torch.Tensor:
@@ -157,7 +171,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read.", hint="remove this one file and resume") from error
+        raise DataError(f"{path} cannot be read.", hint=_SENT_AGAIN) from error
 
 
 # ---- the pass
@@ -175,17 +189,15 @@ class _Sender:
     def forward(self, request: TrunkRequest) -> tuple[torch.Tensor, int]:
         assert isinstance(request.hidden, torch.Tensor)  # noqa: S101
         outbox = self.cache.outbox(self.batch)
-        if outbox.is_file():
-            sent = _taken_out(outbox, request.hidden)
-        else:
-            sent = self.guard.protect_hidden(request.hidden, request.mask)
-            if not isinstance(sent, Coded):
-                sent = sent.to("cpu", self.dtype)
-            _save(_put_in(sent), outbox)
+        if not outbox.is_file():
+            made = self.guard.protect_hidden(request.hidden, request.mask)
+            _save(_put_in(made if isinstance(made, Coded) else made.to("cpu", self.dtype)), outbox)
+        sent, number = _taken_out(outbox, request.hidden)
         protection, book = self.guard.protection, self.guard.book
         if book is not None:
-            name = f"pass:{self.cache.number}:{self.batch}"
-            book.charge("activations", protection.hidden, self.rows, formal=protection.formal, release_id=name)
+            book.charge(
+                "activations", protection.hidden, self.rows, formal=protection.formal, release_id=f"pass:{number}"
+            )
         leaving = self.guard.outgoing(replace(request, keep=False, cache=None), sent)
         output, _ = self.guard.link.forward(leaving)
         self.cache.keep(self.batch, output.to("cpu", self.dtype), self.mask)
@@ -199,24 +211,29 @@ class _Sender:
 
 
 def _put_in(sent: torch.Tensor | Coded) -> dict[str, torch.Tensor]:
+    number = torch.frombuffer(bytearray(secrets.token_bytes(16)), dtype=torch.uint8)
     if not isinstance(sent, Coded):
-        return {"plain": sent.contiguous()}
+        return {"number": number, "plain": sent.contiguous()}
     facts = {"coding": sent.coding, "shape": sent.shape, "step": sent.step, "kept": sent.kept}
     about = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-    return {"payload": sent.payload, "about": about}
+    return {"number": number, "payload": sent.payload, "about": about}
 
 
-def _taken_out(outbox: Path, hidden: torch.Tensor) -> torch.Tensor | Coded:
+def _taken_out(outbox: Path, hidden: torch.Tensor) -> tuple[torch.Tensor | Coded, str]:
+    """What is to be sent, and the number that it is booked under."""
     held = _load(outbox)
-    if "plain" in held:
-        return held["plain"]
-    facts = json.loads(bytes(held["about"].tolist()))
-    shape = tuple(facts["shape"])
-    if shape != tuple(hidden.shape):
-        raise DataError(
-            f"{outbox} belongs to other rows.", hint="remove the cache folder: every row will be sent again"
-        )
-    return Coded(coding=facts["coding"], shape=shape, payload=held["payload"], step=facts["step"], kept=facts["kept"])
+    try:
+        number = bytes(held["number"].tolist()).hex()
+        if "plain" in held:
+            sent: torch.Tensor | Coded = held["plain"]
+        else:
+            facts = json.loads(bytes(held["about"].tolist()))
+            sent = Coded(payload=held["payload"], **{**facts, "shape": tuple(facts["shape"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{outbox} is no outbox.", hint=_SENT_AGAIN) from error
+    if tuple(sent.shape) != tuple(hidden.shape):
+        raise DataError(f"{outbox} belongs to other rows.", hint=_SENT_AGAIN)
+    return sent, number
 
 
 def fill(

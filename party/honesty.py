@@ -61,11 +61,8 @@ Record: TypeAlias = Callable[[dict[str, Any]], None]
 _ROUNDINGS = {torch.float32: 64.0, torch.bfloat16: 16.0, torch.float16: 16.0}
 _KAPPA = 8.0  # largest |error| / chi^2 seen: 4.2, with random weights that curve a trunk far more than training does
 _SHARE = 0.05  # of `expected` that K sigma shall be
-_LEAST_REACHES = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 2e-2,
-    torch.float16: 5e-3,
-}  # below, rounding looks like curvature
+# Below these, rounding looks like curvature, and two points are mostly apart by what coding did to them.
+_LEAST_REACHES = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _CODED_REACH, _MOST_REACH = 0.05, 0.25
 _GOOD, _LEAST_STRETCH = 0.25, 0.1  # allowance at which no better reach is looked for; how far from the first guess
 _CONCLUSIVE = 0.5  # largest allowance by which a consistent probe says something
@@ -129,7 +126,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """A request and its answer: a kept step whose gradient is still to come, or the repeated input at the start."""
+    """A request with its answer: a kept step whose gradient is to come, or the repeated input at the start."""
 
     request: TrunkRequest
     output: torch.Tensor
@@ -281,10 +278,9 @@ class HonestyProbe:
         above, f_above = self._ask(held.request, h + reach * shape)
         below, f_below = self._ask(held.request, h - reach * shape)
         change = f_above - f_below
-        expected, measured = float((g * (above - below)).sum()), float((change * v).sum())
         bend, size = float((f_above + f_below - 2 * f).norm()), float(change.norm())
         curvature = bend / size if size else (math.inf if bend else 0.0)
-        return _judge(expected, measured, rounding, curvature, reach)
+        return _judge(float((g * (above - below)).sum()), float((change * v).sum()), rounding, curvature, reach)
 
     def _ask(self, request: TrunkRequest, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk at `point`: the point as sent, and the output there; both float64 [B, T, D]."""

@@ -87,6 +87,7 @@ class TrainingProgress(TrainerCallback):
             loss=logs["loss"],
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
+            **({"penalty": logs["penalty"]} if "penalty" in logs else {}),
             tokens=tokens - tokens_before,
             tokens_per_s=(tokens - tokens_before) / seconds if seconds else None,
             seconds=seconds,

@@ -85,6 +85,7 @@ class SplitTrainer(Trainer):
         self.tracker, self.extra_loss = tracker, extra_loss
         self.last_score: tuple[int, Score] | None = None
         """Step and score of the latest evaluation: the same weights are not scored twice."""
+        self._penalty, self._penalty_steps = 0.0, 0
         self.tokens_seen = 0
         self.remove_callback(PrinterCallback)
 
@@ -102,6 +103,8 @@ class SplitTrainer(Trainer):
         if self.extra_loss is None:
             return loss
         extra = self.extra_loss(mask)
+        if self.model is not None and self.model.training:
+            self._penalty += extra.item() / self.args.gradient_accumulation_steps
         if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
             extra = extra / self.args.gradient_accumulation_steps  # the library divides the loss there already
         return loss + extra.to(loss.dtype)
@@ -126,6 +129,15 @@ class SplitTrainer(Trainer):
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The model's own loss as ``loss``, and what a protocol added to it as ``penalty``."""
+        steps = self.state.global_step - self._penalty_steps
+        if self.extra_loss is not None and "loss" in logs and steps > 0:
+            penalty = self._penalty / steps
+            logs = {**logs, "loss": logs["loss"] - penalty, "penalty": penalty}
+            self._penalty, self._penalty_steps = 0.0, self.state.global_step
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = self.run.checkpoints / f"checkpoint-{self.state.global_step}"

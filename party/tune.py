@@ -237,6 +237,8 @@ def _start_facts(
         "wire_dtype": compute if settings.wire_dtype == "auto" else settings.wire_dtype,
         "hidden_coding": protection.hidden_coding,
         "gradient_coding": protection.gradient_coding,
+        "trains_bottom": protection.trains_bottom,
+        "sends_gradients": preparation.protocol.sends_gradients,
         "mechanism": "none" if protection.hidden is None else protection.hidden.name,
         "claim": preparation.claim.sentence(),
         "memory": settings.memory,

@@ -37,8 +37,8 @@ GUARDED_ONLINE = Protocol(
         ),
         never=crossings.NEVER,
         in_plain_words=(
-            "Decorrelation and quantisation make what is sent harder to read for the attacks they were tried against; "
-            "they bound nobody. Each row is sent anew in every epoch, and the gradients tell about the answers. "
+            "Decorrelation and quantisation may make what is sent harder to read for some attacks; they bound nobody. "
+            "Each row is sent anew in every epoch, and the gradients tell about the answers. "
             "Whoever knows the base weights may still recover text."
         ),
     ),

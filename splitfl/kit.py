@@ -20,8 +20,8 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import safe_open
 from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -325,12 +325,13 @@ def _not_in(checkpoint: dict[str, Path], given: dict[str, Path], prefix: str) ->
 
     A checkpoint of a bare base model names its tensors without the prefix.
     """
-    return sorted(
-        name
-        for name in given
-        if (name not in checkpoint and name.removeprefix(prefix + ".") not in checkpoint)
-        or (name in checkpoint and not name.startswith(prefix + ".") and _shape(name, given) != _shape(name, checkpoint))
-    )
+
+    def is_new(name: str) -> bool:
+        if name not in checkpoint:
+            return name.removeprefix(prefix + ".") not in checkpoint
+        return not name.startswith(prefix + ".") and _shape(name, given) != _shape(name, checkpoint)
+
+    return sorted(filter(is_new, given))
 
 
 def _shape(name: str, files: dict[str, Path]) -> list[int]:
