@@ -62,7 +62,7 @@ class Book:
 
     def charge(
         self, channel: str, mechanism: Mechanism | None, batch: BatchRows | None, *, formal: bool,
-        release_id: str | None = None, pieces: int = 1,
+        release_id: str | None = None, pieces: int = 1, before: str | None = None,
     ) -> None:  # fmt: skip
         """Book one release; on disk when this returns.
 
@@ -73,6 +73,7 @@ class Book:
             formal: whether the mechanism's noise bounds what the tensor tells about a row.
             release_id: the same for the same bytes; a fresh one where nothing is ever sent again.
             pieces: sends of the same rows that are booked as one.
+            before: name of what was done to the tensor before the mechanism.
 
         Raises:
             BudgetError: it would go beyond a budget; nothing was booked.
@@ -84,11 +85,12 @@ class Book:
             unit: Literal["row", "person", "token"] = data.unit
             if isinstance(mechanism, Gauss) and mechanism.unit == "token":
                 unit = "token"
-            if data.unit == "person" and batch is not None and sensitivity is not None:
-                # k rows of one person in one release: k differences in coordinates of their own, so sqrt(k) in L2.
-                most = max(Counter(data.units[row] for row in batch.rows).values())
-                sensitivity *= math.sqrt(most)
             if sensitivity is not None:
+                if unit != "token":
+                    # k examples of one person (or of one text, cut into blocks) in one release: k differences in
+                    # coordinates of their own, so sqrt(k) in L2. Of rows that are not known there may be all.
+                    of_rows = data.units if batch is None else [data.units[row] for row in batch.rows]
+                    sensitivity *= math.sqrt(max(Counter(of_rows).values()))
                 sensitivity *= math.sqrt(pieces)  # rho adds up over the sends
             rho = None
             if formal and sensitivity is not None and sigma is not None:
@@ -100,7 +102,7 @@ class Book:
                     unit=unit,
                     units=units,
                     channel=channel,
-                    mechanism=describe(mechanism),
+                    mechanism=describe(mechanism, before),
                     sensitivity=sensitivity,
                     sigma=sigma,
                     rho=rho,
@@ -111,14 +113,17 @@ class Book:
 
 
 def _size_of(mechanism: Mechanism | None) -> tuple[float | None, float | None]:
-    if isinstance(mechanism, Gauss | GradientGauss):
+    if isinstance(mechanism, Gauss):
         return mechanism.sensitivity, mechanism.sigma
+    if isinstance(mechanism, GradientGauss):
+        return None, mechanism.sigma  # its clip bounds one position, and a row has many
     return None, None
 
 
-def describe(mechanism: Mechanism | None) -> str:
-    """A mechanism in a word, for the ledger."""
-    return "none" if mechanism is None else mechanism.name
+def describe(mechanism: Mechanism | None, before: str | None = None) -> str:
+    """A mechanism, and what came before it, in a word for the ledger."""
+    names = [name for name in (before, mechanism and mechanism.name) if name]
+    return "+".join(names) or "none"
 
 
 _NAME = "ledger-run.txt"

@@ -90,7 +90,7 @@ class TrunkCache:
 
     def _check(self) -> None:
         index = self.folder / _INDEX
-        if not index.is_file():
+        if not index.is_file() and not any(self.folder.glob("*.safetensors")):
             return
         try:
             held = json.loads(index.read_text(encoding="utf-8"))

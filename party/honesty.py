@@ -96,7 +96,6 @@ class Tally:
     inconsistent: int = 0
     inconclusive: int = 0
     inconsistent_in_a_row: int = 0
-    """Since the last consistent one."""
     largest_deviation: float = 0.0
     """Largest |measured - expected| of a consistent or inconclusive probe, as a share of what was allowed."""
     repeats: int = 0
@@ -175,8 +174,7 @@ class HonestyProbe:
         self.on_probe, self.on_failure = on_probe or (lambda _: None), on_failure or (lambda _: None)
         self.repeat_tolerance = _REPEAT_TOLERANCES[dtype] if repeat_tolerance is None else repeat_tolerance
         self.tally = Tally()
-        self._stretch, self._change, self._allowed_before = 1.0, 0.7, math.inf
-        self._counted = 0
+        self._counted, self._stretch, self._change, self._allowed_before = 0, 1.0, 0.7, math.inf
         self._held: dict[int, _Asked] = {}
         self._repeat: _Asked | None = None
         self._failed: CheatingOwnerError | None = None

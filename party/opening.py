@@ -81,7 +81,8 @@ def prepare(settings: TuneSettings, kit: Kit, longest: int) -> Preparation:
             settings.epsilon, settings.delta, sensitivity=2 * settings.clip, releases=releases
         )
     table = embedding_table(kit) if settings.snap else None
-    protection = plan_protection(settings, kit.plan, protocol, sigma=sigma, table=table)
+    classes = int(kit.config.num_labels) if kit.plan.task == "sequence-classification" else None
+    protection = plan_protection(settings, kit.plan, protocol, sigma=sigma, table=table, classes=classes)
     claim = _claim(settings, kit, protection, releases)
     preview = _preview(settings, kit, protection, claim, longest)
     return Preparation(protocol=protocol, protection=protection, claim=claim, preview=tuple(preview))
@@ -201,7 +202,8 @@ def guarded(
             every=settings.probe_every,
             dtype=TORCH_DTYPES[session.terms.wire_dtype],
             encode=coder(protection),
-            gradients=protocol_named(settings.protocol).sends_gradients,
+            # With the bottom kept as it is, no gradient is asked for, whatever the protocol allows.
+            gradients=protocol_named(settings.protocol).sends_gradients and protection.trains_bottom,
             on_probe=on_probe,
             on_failure=on_probe,
         )

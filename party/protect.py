@@ -66,7 +66,7 @@ class Protection:
 
 def plan_protection(
     settings: ProtectionSettings, plan: Plan, protocol: Protocol, *, sigma: float | None,
-    table: torch.Tensor | None = None,
+    table: torch.Tensor | None = None, classes: int | None = None,
 ) -> Protection:  # fmt: skip
     """Mechanisms for this model, cut and protocol.
 
@@ -76,12 +76,13 @@ def plan_protection(
         protocol: of the run.
         sigma: of the Gaussian noise, given or calibrated; None without one.
         table: input embeddings [V, D], for ``snap``.
+        classes: of a classifier.
 
     Raises:
         UsageError: a mechanism that this model, cut or protocol has no place for; names the nearest right setting.
     """
     trains_bottom = protocol.trains_bottom and not settings.freeze_bottom
-    _check_fit(settings, plan, protocol)
+    _check_fit(settings, plan, protocol, classes)
     quantise = protocol.quantise if settings.quantise is None else settings.quantise
     if settings.quantise is None and (settings.noise == "gauss" or settings.keep_largest is not None):
         quantise = "none"  # the protocol's own choice gives way to what was asked for
@@ -106,7 +107,7 @@ def plan_protection(
     )
 
 
-def _check_fit(settings: ProtectionSettings, plan: Plan, protocol: Protocol) -> None:
+def _check_fit(settings: ProtectionSettings, plan: Plan, protocol: Protocol, classes: int | None) -> None:
     trains_bottom = protocol.trains_bottom and not settings.freeze_bottom
     if settings.unit == "token" and plan.bottom > 0:
         raise UsageError(
@@ -138,6 +139,10 @@ def _check_fit(settings: ProtectionSettings, plan: Plan, protocol: Protocol) -> 
         raise UsageError(
             "--label-noise and --label-epsilon are for classes; in a language model the labels are the text.",
             hint="use --gradient-clip and --gradient-sigma, or protocol guarded-gradfree",
+        )
+    if settings.label_noise == "marvell" and classes not in (None, 2):
+        raise UsageError(
+            f"--label-noise marvell is for two classes, and this kit has {classes}.", hint="use --label-noise max-norm"
         )
     if settings.epsilon is not None and not _claim(settings, protocol, trains_bottom=trains_bottom)[0]:
         reason = _claim(settings, protocol, trains_bottom=trains_bottom)[1]
@@ -274,12 +279,13 @@ class Guard:
         """See `splitfl.link.TrunkLink`."""
         assert isinstance(gradient, torch.Tensor)  # noqa: S101
         mask, batch = self._kept.pop(step, (None, None))
-        if self.protection.label_noise != "none":
+        label_noise = None if self.protection.label_noise == "none" else self.protection.label_noise
+        if label_noise is not None:
             gradient = self._hide_labels(gradient, batch)
         mechanism = self.protection.gradient
         sent = gradient if mechanism is None else mechanism.protect(gradient, mask)
         if self.book is not None:
-            self.book.charge("gradients", mechanism, batch, formal=False)
+            self.book.charge("gradients", mechanism, batch, formal=False, before=label_noise)
         return self.link.backward(step, sent)
 
     def release(self, *, caches: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> None:

@@ -101,10 +101,11 @@ def evaluate_run(settings: EvaluateSettings) -> None:
             label2id=label2id,
             person_column=run.person_column,
         )
+        longest = settings.max_length or run.max_length or kit.plan.max_length or 2048
         examples = tokenise(
             rows,
             opened.tokenizer,
-            max_length=settings.max_length or run.max_length or kit.plan.max_length or 2048,
+            max_length=longest,
             answer_only=run.answer_only,
             truncation=settings.truncation or run.truncation,
         )
@@ -117,7 +118,7 @@ def evaluate_run(settings: EvaluateSettings) -> None:
             score = evaluate(
                 opened.model,
                 numbered(examples),
-                Collator(opened.tokenizer, padding_side=run.padding_side, pad_token_id=kit.config.pad_token_id),
+                _collator(opened, longest),
                 task=kit.plan.task,
                 batch_size=settings.per_device_eval_batch_size,
                 device=run.device,
@@ -135,6 +136,16 @@ def evaluate_run(settings: EvaluateSettings) -> None:
         print(f"{result.metric:12} {result.value:.4f} {result.unit}".rstrip())
     if settings.json is not None:
         write_results(settings.json, "evaluate", settings, results)
+
+
+def _collator(opened: TunedModel, longest: int) -> Collator:
+    """Pads as the run did: to one length for all, if lengths were to be hidden."""
+    return Collator(
+        opened.tokenizer,
+        padding_side=opened.run.padding_side,
+        pad_token_id=opened.kit.config.pad_token_id,
+        pad_to_multiple_of=longest if opened.run.hide_lengths else None,
+    )
 
 
 def generate_from_run(settings: GenerateSettings) -> None:
@@ -164,7 +175,8 @@ def generate_from_run(settings: GenerateSettings) -> None:
         set_seed(settings.seed)
         started = time.monotonic()
         asked = DataSet(fingerprint=fingerprint([Row(line=1, text=prompt)]), label="a prompt", units=["0"], unit="row")
-        with booked(opened, asked, pieces=settings.max_new_tokens), torch.no_grad():
+        # The prompt goes up once for each beam, and each beam goes on for itself.
+        with booked(opened, asked, pieces=settings.max_new_tokens * settings.num_beams), torch.no_grad():
             output = opened.model.generate(
                 input_ids=torch.tensor([ids], device=opened.run.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=opened.run.device),

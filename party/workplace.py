@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from party.bookkeeping import Book, describe, keep_name
@@ -19,6 +21,7 @@ from party.progress import Traffic
 from party.protect import RowTracker
 from party.remote import RemoteTrunk
 from party.rundir import RunDirectory
+from party.session import Session
 from splitfl.adapters import add_lora, lora_config
 from splitfl.config import TuneSettings
 from splitfl.cut import module_at
@@ -63,9 +66,8 @@ def open_workplace(
         yield place
 
 
-def _begin(settings: TuneSettings, run: RunDirectory, preparation: Preparation, book: Book, data: Data) -> None:
-    """The run directory, and the run's place in the ledger."""
-    book.ledger.check_run(book.run, data.train_set.fingerprint)
+def _begin(settings: TuneSettings, run: RunDirectory, preparation: Preparation, book: Book) -> None:
+    """The run directory; nothing may be refused for its settings any more."""
     run.prepare(settings, preparation.bounds)
     keep_name(run.path, book.run)
     run.drop_unfinished()
@@ -73,16 +75,18 @@ def _begin(settings: TuneSettings, run: RunDirectory, preparation: Preparation, 
 
 def tunable(settings: TuneSettings, kit: Kit, base: PreTrainedModel, *, top_alone: bool) -> PeftModel:
     """`base` with fresh adapters, as the settings say."""
-    lora = settings.lora_kwargs()
-    targets = list(settings.target_modules) or None
-    config = lora_config(base, kit.plan, **{**lora, "target_modules": targets}, top_alone=top_alone)
-    model = add_lora(base, config, seed=settings.seed)
+    model = add_lora(base, _lora(settings, kit, base, top_alone=top_alone), seed=settings.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         f"model: {kit.plan.model_type}, layers {kit.plan.party_layers} here, {len(kit.plan.trunk_layers)} with the "
         f"owner; {trainable:,} of {parameter_count(model):,} parameters held here are tuned"
     )
     return model
+
+
+def _lora(settings: TuneSettings, kit: Kit, base: PreTrainedModel, *, top_alone: bool) -> LoraConfig:
+    targets = list(settings.target_modules) or None
+    return lora_config(base, kit.plan, **{**settings.lora_kwargs(), "target_modules": targets}, top_alone=top_alone)
 
 
 # ---- the trunk over the network
@@ -98,7 +102,8 @@ def _over_the_network(
         guard = guarded(settings, session, protection, book, lambda facts: logs[0].write("probe", **facts))
         base = open_model(kit, guard, dtype=settings.dtype, device=settings.device)
         model = tunable(settings, kit, base, top_alone=not protection.trains_bottom)
-        _begin(settings, run, preparation, book, data)
+        book.ledger.check_run(book.run, data.train_set.fingerprint)
+        _begin(settings, run, preparation, book)
         logs.append(stack.enter_context(RunLog(run.log)))
         weight = protection.decorrelate
         yield Workplace(
@@ -172,18 +177,26 @@ def _kept_replies(
     files = {data.train_set.fingerprint: ("train", data.train)}
     if data.held_out is not None and data.held_out_set is not None:
         files[data.held_out_set.fingerprint] = ("held-out", data.held_out)
-    _begin(settings, run, preparation, book, data)
+    book.ledger.check_run(book.run, data.train_set.fingerprint)
     caches = {
         name: _open_cache(settings, kit, run, preparation, name, folder, examples, dtype)
         for name, (folder, examples) in files.items()
     }
     traffic = _Counted()
-    with RunLog(run.log) as log:
+    base = open_model(kit, NoLink(), dtype=settings.dtype, device=settings.device)
+    _lora(settings, kit, base, top_alone=True)  # refuses, before anything is sent, what cannot be trained afterwards
+    with contextlib.ExitStack() as stack:
+        session = None
         if any(cache.missing for cache in caches.values()):
-            _send_once(settings, kit, data, preparation, book, caches, files, dtype, traffic, log)
+            session = stack.enter_context(contextlib.closing(connect(settings, kit, preparation.protection)))
         else:
             say("every row has been sent; the owner is not needed")
-        base = open_model(kit, NoLink(), dtype=settings.dtype, device=settings.device)
+        _begin(settings, run, preparation, book)
+        log = stack.enter_context(RunLog(run.log))
+        if session is not None:
+            with contextlib.closing(session):
+                _send_once(settings, kit, data, preparation, book, session, base, caches, files, dtype, log)
+            traffic.bytes_sent, traffic.bytes_received = session.bytes_sent, session.bytes_received
         cached = put_cached_trunk(base, kit.plan, settings.padding_side)
         for cache in caches.values():
             cache.load()
@@ -200,9 +213,13 @@ def _open_cache(
     key = CacheKey(
         plan=kit.plan.digest,
         dataset=name,
-        protection=f"{protection.hidden!r} {protection.hidden_coding} {protection.hide_lengths}"
+        tokens=hashlib.blake2b(
+            json.dumps([example["input_ids"] for example in examples]).encode(), digest_size=16
+        ).hexdigest(),
+        protection=f"{protection.hidden!r} {protection.hidden_coding} {settings.snap} {protection.hide_lengths}"
         if protection.hidden
         else describe(None),
+        compute=resolve_dtype(kit, settings.dtype),
         dtype=str(dtype).removeprefix("torch."),
         padding_side=settings.padding_side,
         batch_size=settings.per_device_eval_batch_size,
@@ -216,30 +233,30 @@ def _open_cache(
 
 
 def _send_once(
-    settings: TuneSettings, kit: Kit, data: Data, preparation: Preparation, book: Book, caches: dict[str, TrunkCache],
-    files: dict[str, tuple[str, Examples]], dtype: torch.dtype, traffic: _Counted, log: RunLog,
+    settings: TuneSettings, kit: Kit, data: Data, preparation: Preparation, book: Book, session: Session,
+    base: PreTrainedModel, caches: dict[str, TrunkCache], files: dict[str, tuple[str, Examples]], dtype: torch.dtype,
+    log: RunLog,
 ) -> None:  # fmt: skip
-    with contextlib.closing(connect(settings, kit, preparation.protection)) as session:
-        guard = guarded(settings, session, preparation.protection, book, lambda facts: log.write("probe", **facts))
-        base = open_model(kit, guard, dtype=settings.dtype, device=settings.device)
-        for name, (folder, examples) in files.items():
-            cache = caches[name]
-            rows = sum(len(cache.batches[batch]) for batch in cache.missing)
-            told = _Told(folder)
-            fill(
-                cache,
-                base,
-                remote_trunk(base, kit),
-                guard,
-                examples=examples,
-                collator=data.collator,
-                dtype=dtype,
-                device=settings.device,
-                told=told,
-            )
-            log.write("pass", rows=rows, of=folder, seconds=told.seconds)
-    traffic.bytes_sent, traffic.bytes_received = session.bytes_sent, session.bytes_received
-    say(f"every row has been sent once: {as_size(traffic.bytes_sent)} sent, {as_size(traffic.bytes_received)} received")
+    guard = guarded(settings, session, preparation.protection, book, lambda facts: log.write("probe", **facts))
+    for name, (folder, examples) in files.items():
+        cache = caches[name]
+        cache.start()
+        rows = sum(len(cache.batches[batch]) for batch in cache.missing)
+        told = _Told(folder)
+        fill(
+            cache,
+            base,
+            remote_trunk(base, kit),
+            guard,
+            examples=examples,
+            collator=data.collator,
+            dtype=dtype,
+            device=settings.device,
+            told=told,
+        )
+        log.write("pass", rows=rows, of=folder, seconds=told.seconds)
+    sent, received = as_size(session.bytes_sent), as_size(session.bytes_received)
+    say(f"every row has been sent once: {sent} sent, {received} received")
 
 
 class _Told:

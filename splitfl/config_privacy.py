@@ -52,7 +52,12 @@ class ProtectionSettings(Settings):
     label_noise: Annotated[
         Literal["none", "max-norm", "marvell"], "Classification: noise on gradients that hides labels.", PROTECTION
     ] = "none"
-    label_power: Annotated[float, "With marvell: noise power over the gradients' own.", above(0), PROTECTION] = 4.0
+    label_power: Annotated[
+        float,
+        "With marvell: noise power, in squared distances between the classes' mean gradients.",
+        above(0),
+        PROTECTION,
+    ] = 4.0
     label_epsilon: Annotated[float | None, "Classification: randomised response on the labels, once a run.",
                              above(0), PROTECTION] = None  # fmt: skip
     freeze_bottom: Annotated[bool, "Train the top alone: what is sent of a row never changes.", PROTECTION] = False
