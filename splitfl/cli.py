@@ -22,6 +22,7 @@ from splitfl.config import (
     ServeSettings,
     TuneSettings,
 )
+from splitfl.config_privacy import LedgerBudget, LedgerExport, LedgerShow
 from splitfl.options import command, run_app
 from splitfl.quiet import silence_library_warnings
 
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="CURVE keys: who may speak with whom.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+ledger = typer.Typer(help="What each data set has released so far, and what is left.", no_args_is_help=True)
+app.add_typer(ledger, name="ledger")
 
 
 def _show_version(asked: bool) -> None:
@@ -77,6 +80,24 @@ def _keys_revoke(settings: KeysRevoke) -> None:
 
     AllowList(settings.parties).revoke(settings.name)
     print(f"revoked {settings.name}; a running server ends its sessions")
+
+
+def _ledger_show(settings: LedgerShow) -> None:
+    from splitfl.ledger_command import show
+
+    show(settings)
+
+
+def _ledger_budget(settings: LedgerBudget) -> None:
+    from splitfl.ledger_command import budget
+
+    budget(settings)
+
+
+def _ledger_export(settings: LedgerExport) -> None:
+    from splitfl.ledger_command import export
+
+    export(settings)
 
 
 def _kit(settings: KitSettings) -> None:
@@ -131,6 +152,9 @@ command(keys, KeysNew, "new", _keys_new)
 command(keys, KeysShow, "show", _keys_show)
 command(keys, KeysAllow, "allow", _keys_allow)
 command(keys, KeysRevoke, "revoke", _keys_revoke)
+command(ledger, LedgerShow, "show", _ledger_show)
+command(ledger, LedgerBudget, "budget", _ledger_budget)
+command(ledger, LedgerExport, "export", _ledger_export)
 command(app, KitSettings, "kit", _kit)
 command(app, ServeSettings, "serve", _serve)
 command(app, TuneSettings, "tune", _tune)

@@ -8,65 +8,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import typer
 
+from splitfl.bench.utility_settings import UtilitySettings
+from splitfl.config_common import (
+    ADAPTER,
+    ADDRESS,
+    LINK,
+    MACHINE,
+    NOT_EMPTY,
+    PAIR,
+    PLAIN_NAME,
+    REMOTE,
+    ROWS,
+    SHAPE,
+    SIZE,
+    TRAINING,
+    Columns,
+    Device,
+    Dtype,
+    EvalBatch,
+    JsonFile,
+    MaxLength,
+    Memory,
+    Threads,
+    Timeout,
+    Truncation,
+)
 from splitfl.config_privacy import ProtectionSettings
 from splitfl.errors import UsageError
-from splitfl.options import Check, Panel, Settings, above, at_least, between, fields_of
+from splitfl.options import Panel, Settings, above, at_least, between, fields_of
 from splitfl.options.values import (
-    is_address,
-    is_device,
-    is_shape,
-    is_size,
     on_loopback,
-    parse_address,
     parse_pairs,
     training_arguments,
 )
-
-Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-Memory: TypeAlias = Literal["keep", "recompute"]
-Truncation: TypeAlias = Literal["error", "right", "drop"]
-
-LINK = Panel("Owner and keys")
-MACHINE = Panel("This machine")
-ROWS = Panel("Rows")
-TRAINING = Panel("Training (names of transformers.TrainingArguments)")
-ADAPTER = Panel("Adapter (names of peft.LoraConfig)")
-
-_ADDRESS = Check(test=is_address, expected="tcp://HOST:PORT")
-_REMOTE = Check(
-    test=lambda a: is_address(a) and parse_address(a)[1] > 0 and parse_address(a)[0] != "*",
-    expected="tcp://HOST:PORT, with the port that the owner's `splitfl serve` printed",
-)
-_SIZE = Check(test=is_size, expected="a size such as 4GB or 512MiB")
-_DEVICE = Check(test=is_device, expected="cpu, cuda or cuda:N")
-_SHAPE = Check(test=is_shape, expected="ROWSxLENGTH, such as 8x128")
-_PAIR = Check(test=lambda text: text.partition("=")[0] != "" and text.partition("=")[2] != "", expected="NAME=VALUE")
-_NOT_EMPTY = Check(test=bool, expected="some text")
-_PLAIN_NAME = Check(
-    test=lambda name: name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name[0] not in ".-",
-    expected="letters, digits, dots, dashes and underscores",
-)
-
-JsonFile: TypeAlias = Annotated[Path | None, "Write the figures to this file as JSON."]
-Threads: TypeAlias = Annotated[int | None, "CPU threads. Default: torch's own choice.", at_least(1), MACHINE]
-Device: TypeAlias = Annotated[str, "Where to compute: cpu, cuda or cuda:N.", _DEVICE, MACHINE]
-Timeout: TypeAlias = Annotated[float, "Longest wait for one answer of the owner, in seconds.", above(0), LINK]
-EvalBatch: TypeAlias = Annotated[int, "Rows in one evaluation batch.", at_least(1)]
-MaxLength: TypeAlias = Annotated[int | None, "Longest row, in tokens. Default: the model's limit.", at_least(2), ROWS]
-Columns: TypeAlias = Annotated[
-    tuple[str, ...], "FIELD=COLUMN: read FIELD from another column of the file. May be repeated.", _PAIR, ROWS
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeysNew(Settings):
     """Make a CURVE key pair: NAME.key to give away, NAME.key_secret (mode 0600) to keep."""
 
-    name: Annotated[str, typer.Argument(help="Who the key is for."), _PLAIN_NAME]
+    name: Annotated[str, typer.Argument(help="Who the key is for."), PLAIN_NAME]
     out: Annotated[Path, "Directory for the two files."] = Path("keys")
 
 
@@ -89,7 +74,7 @@ class KeysAllow(Settings):
 class KeysRevoke(Settings):
     """Take a party off the owner's allow-list; a running server refuses it from then on."""
 
-    name: Annotated[str, typer.Argument(help="The party's name on the list."), _PLAIN_NAME]
+    name: Annotated[str, typer.Argument(help="The party's name on the list."), PLAIN_NAME]
     parties: Annotated[Path, "Directory that is the allow-list."]
 
 
@@ -98,13 +83,13 @@ class KitSettings(Settings):
     """Write the kit that a data holder receives: config, tokenizer, bottom and top weights, plan. No trunk tensor."""
 
     out: Annotated[Path, typer.Argument(help="Directory to write the kit to.")]
-    model: Annotated[str, "Model directory.", _NOT_EMPTY]
+    model: Annotated[str, "Model directory.", NOT_EMPTY]
     bottom: Annotated[int, "Layers that the party holds below the cut.", at_least(0)] = 2
     top: Annotated[int, "Layers that the party holds above the cut.", at_least(0)] = 2
     dtype: Annotated[Dtype, "Type of the weights; auto is the checkpoint's."] = "auto"
     task: Annotated[Literal["causal-lm", "sequence-classification"], "What the model is tuned for."] = "causal-lm"
     num_labels: Annotated[int | None, "Number of classes.", at_least(1)] = None
-    label_names: Annotated[tuple[str, ...], "Name of a class, in order. May be repeated.", _NOT_EMPTY] = ()
+    label_names: Annotated[tuple[str, ...], "Name of a class, in order. May be repeated.", NOT_EMPTY] = ()
     seed: Annotated[int, "Seed of weights that are made afresh, such as a new classification head.", at_least(0)] = 0
     verify: Annotated[bool, "Open the kit again and compare it with the model."] = True
     overwrite: Annotated[bool, "Replace a kit that is already there."] = False
@@ -127,9 +112,9 @@ class KitSettings(Settings):
 class ServeSettings(Settings):
     """Host the trunk. Prints `ready ADDRESS FINGERPRINT` on stdout when parties can connect."""
 
-    model: Annotated[str, "Model directory.", _NOT_EMPTY]
+    model: Annotated[str, "Model directory.", NOT_EMPTY]
     kit: Annotated[Path, "The kit that the parties hold."]
-    bind: Annotated[str, "Address to listen on; port 0 takes a free one.", _ADDRESS, LINK] = "tcp://127.0.0.1:5555"
+    bind: Annotated[str, "Address to listen on; port 0 takes a free one.", ADDRESS, LINK] = "tcp://127.0.0.1:5555"
     key: Annotated[Path | None, "The owner's secret key (NAME.key_secret).", LINK] = None
     parties: Annotated[Path | None, "Directory of the parties' public keys: the allow-list.", LINK] = None
     insecure_loopback: Annotated[bool, "No encryption and no keys; on a loopback address only.", LINK] = False
@@ -140,7 +125,7 @@ class ServeSettings(Settings):
     memory: Annotated[
         Memory, "Between forward and backward keep the graph, or only the input and compute again.", MACHINE
     ] = "keep"
-    memory_budget: Annotated[str, "Room for kept graphs and caches, such as 4GB.", _SIZE, MACHINE] = "4GB"
+    memory_budget: Annotated[str, "Room for kept graphs and caches, such as 4GB.", SIZE, MACHINE] = "4GB"
     max_tokens: Annotated[int, "Largest batch: rows times length.", at_least(1)] = 32768
     max_sessions: Annotated[int, "Sessions open at the same time.", at_least(1)] = 16
     lease: Annotated[float, "Seconds for which an idle session keeps its caches and steps.", above(0)] = 600.0
@@ -163,7 +148,7 @@ class TuneSettings(ProtectionSettings):
     protocol: Annotated[str, "Which design to run: what crosses, under which mechanism."] = "split"
     json: JsonFile = None
 
-    owner: Annotated[str, "Address of the owner, tcp://HOST:PORT.", _REMOTE, LINK]
+    owner: Annotated[str, "Address of the owner, tcp://HOST:PORT.", REMOTE, LINK]
     owner_key: Annotated[Path | None, "The owner's public key (NAME.key).", LINK] = None
     key: Annotated[Path | None, "Your own secret key (NAME.key_secret).", LINK] = None
     insecure_loopback: Annotated[bool, "No encryption and no keys; on a loopback address only.", LINK] = False
@@ -195,9 +180,9 @@ class TuneSettings(ProtectionSettings):
     max_grad_norm: Annotated[float, "Gradients are clipped to this norm; 0 does not clip.", at_least(0), TRAINING] = 1.0
     num_train_epochs: Annotated[float, "Passes over the rows.", above(0), TRAINING] = 3.0
     max_steps: Annotated[int, "Steps to train; more than 0 overrides the epochs.", at_least(-1), TRAINING] = -1
-    lr_scheduler_type: Annotated[str, "Schedule of the learning rate.", _NOT_EMPTY, TRAINING] = "linear"
+    lr_scheduler_type: Annotated[str, "Schedule of the learning rate.", NOT_EMPTY, TRAINING] = "linear"
     warmup_steps: Annotated[float, "Warm-up: steps, or below 1 a share of them.", at_least(0), TRAINING] = 0.0
-    optim: Annotated[str, "Optimiser.", _NOT_EMPTY, TRAINING] = "adamw_torch"
+    optim: Annotated[str, "Optimiser.", NOT_EMPTY, TRAINING] = "adamw_torch"
     logging_steps: Annotated[int, "Steps between two records.", at_least(1), TRAINING] = 10
     eval_steps: Annotated[int | None, "Steps between two evaluations.", at_least(1), TRAINING] = None
     save_steps: Annotated[int, "Steps between two checkpoints.", at_least(1), TRAINING] = 100
@@ -205,7 +190,7 @@ class TuneSettings(ProtectionSettings):
     seed: Annotated[int, "Seed of order, dropout and new weights.", at_least(0), TRAINING] = 0
     report_to: Annotated[str, "Trackers. Curves of private data are data: none by default.", TRAINING] = "none"
     training_args: Annotated[
-        tuple[str, ...], "NAME=VALUE: any other field of TrainingArguments. May be repeated.", _PAIR, TRAINING
+        tuple[str, ...], "NAME=VALUE: any other field of TrainingArguments. May be repeated.", PAIR, TRAINING
     ] = ()
 
     r: Annotated[int, typer.Option("--r", "--lora-r", help="Rank of the adapter."), at_least(1), ADAPTER] = 8
@@ -214,7 +199,7 @@ class TuneSettings(ProtectionSettings):
     target_modules: Annotated[
         tuple[str, ...],
         "Module to adapt, or all-linear. May be repeated. Default: PEFT's choice for the family, else all-linear.",
-        _NOT_EMPTY,
+        NOT_EMPTY,
         ADAPTER,
     ] = ()
     bias: Annotated[Literal["none", "all", "lora_only"], "Which biases are trained as well.", ADAPTER] = "none"
@@ -286,7 +271,7 @@ class WithRun(Settings):
     run: Annotated[Path, "Run directory; it remembers kit, owner and keys."]
     json: JsonFile = None
     kit: Annotated[Path | None, "Kit directory. Default: as in the run."] = None
-    owner: Annotated[str | None, "Address of the owner. Default: as in the run.", _REMOTE, LINK] = None
+    owner: Annotated[str | None, "Address of the owner. Default: as in the run.", REMOTE, LINK] = None
     owner_key: Annotated[Path | None, "The owner's public key. Default: as in the run.", LINK] = None
     key: Annotated[Path | None, "Your own secret key. Default: as in the run.", LINK] = None
     timeout: Timeout = 120.0
@@ -298,7 +283,7 @@ class WithRun(Settings):
 class GenerateSettings(WithRun):
     """Write text with the tuned model, through the split."""
 
-    prompt: Annotated[str | None, "The prompt.", _NOT_EMPTY] = None
+    prompt: Annotated[str | None, "The prompt.", NOT_EMPTY] = None
     prompt_file: Annotated[Path | None, "A text file with the prompt."] = None
     chat: Annotated[bool, "Put the prompt into the model's chat template."] = False
     stream: Annotated[bool, "Print words as they come (not with several beams)."] = True
@@ -352,7 +337,7 @@ class DoctorSettings(Settings):
     """Check the installation, and whatever is named: kit, keys, the owner's address."""
 
     kit: Annotated[Path | None, "Kit directory to check."] = None
-    owner: Annotated[str | None, "Address to reach, tcp://HOST:PORT.", _REMOTE, LINK] = None
+    owner: Annotated[str | None, "Address to reach, tcp://HOST:PORT.", REMOTE, LINK] = None
     owner_key: Annotated[Path | None, "The owner's public key.", LINK] = None
     key: Annotated[Path | None, "Your own secret key.", LINK] = None
     json: JsonFile = None
@@ -370,12 +355,12 @@ class DemoSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSettings(Settings):
-    """Measure speed and size, always beside a reference of the same run."""
+class BenchSettings(UtilitySettings):
+    """Measure speed and size (split), or what protection costs (utility), always beside a reference of the same run."""
 
-    name: Annotated[str, typer.Argument(help="Which benchmark to run: split.")]
-    models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", _NOT_EMPTY] = ("S", "M", "L")
-    shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", _SHAPE] = ("8x128", "4x512")
+    name: Annotated[str, typer.Argument(help="Which benchmark to run: split or utility.")]
+    models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", NOT_EMPTY] = ("S", "M", "L")
+    shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", SHAPE] = ("8x128", "4x512")
     work: Annotated[Literal["all", "train", "generate"], "What to measure."] = "all"
     threads: Annotated[tuple[int, ...], "CPU threads of each side. Default: 1, and 2.", at_least(1), MACHINE] = ()
     steps: Annotated[int, "Steps or generations to measure in each case, after the warm-up.", at_least(1)] = 10

@@ -1,4 +1,4 @@
-"""The options of `splitfl tune` that say what is done to a tensor before it leaves; kept apart, for they are many.
+"""The options of `splitfl tune` that say what is done to a tensor before it leaves, and those of `splitfl ledger`.
 
 None of them does anything by itself: `party.protect` puts mechanisms together from them, and refuses what makes no
 sense for the model, the cut or the protocol at hand. What makes no sense whatever the model is refused here.
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import typer
+
+from splitfl.config_common import DELTA, NOT_EMPTY, ROWS, Columns, JsonFile, LedgerFile
 from splitfl.errors import UsageError
-from splitfl.options import Check, Panel, Settings, above, at_least
+from splitfl.options import Panel, Settings, above, at_least
+from splitfl.options.values import parse_pairs
 
 PROTECTION = Panel("What is done before a tensor leaves (see docs/protocols.md)")
 LEDGER = Panel("Ledger and checks")
-
-_DELTA = Check(test=lambda value: 0 < value < 1, expected="between 0 and 1, such as 1e-6")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class ProtectionSettings(Settings):
     sigma: Annotated[float | None, "Standard deviation of the Gaussian noise.", above(0), PROTECTION] = None
     epsilon: Annotated[float | None, "Instead of --sigma: epsilon for all releases of a row together.",
                        above(0), PROTECTION] = None  # fmt: skip
-    delta: Annotated[float | None, "Delta that goes with --epsilon.", _DELTA, PROTECTION] = None
+    delta: Annotated[float | None, "Delta that goes with --epsilon.", DELTA, PROTECTION] = None
     unit: Annotated[Literal["record", "token"] | None, "What epsilon protects; token only at the embedding output.",
                     PROTECTION] = None  # fmt: skip
     releases: Annotated[int | None, "How often a row will be sent. Default: worked out from the run.",
@@ -139,3 +141,51 @@ class ProtectionSettings(Settings):
                     hint="use --eta alone, or --noise gauss",
                 )
             raise UsageError(f"{flag} has no effect without {needs}.", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerShow(Settings):
+    """Show what each data set has released so far, to whom, and what is left of its budget."""
+
+    dataset: Annotated[str | None, "Only this data set: its fingerprint, or the beginning of it.", NOT_EMPTY] = None
+    ledger: LedgerFile = None
+    json: JsonFile = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerBudget(Settings):
+    """Set the most that a data set may release of any one unit; replaces the budget it has."""
+
+    dataset: Annotated[str, typer.Argument(help="Rows file, fingerprint, or the beginning of one."), NOT_EMPTY]
+    unit: Annotated[Literal["row", "person", "token", "data set"], "What the limit is for."] = "row"
+    adversary: Annotated[str, "Who sees the releases, as the runs spell it.", NOT_EMPTY] = "owner"
+    channels: Annotated[Literal["cut", "adapter"], "What crosses the cut, or the adapter that is given away."] = "cut"
+    epsilon: Annotated[float | None, "Limit on epsilon, for all releases together.", above(0)] = None
+    delta: Annotated[float | None, "Delta that goes with --epsilon.", DELTA] = None
+    releases: Annotated[int | None, "Limit on the number of releases.", at_least(0)] = None
+    task: Annotated[Literal["causal-lm", "sequence-classification"], "How the rows are read.", ROWS] = "causal-lm"
+    columns: Columns = ()
+    ledger: LedgerFile = None
+
+    def check(self) -> None:
+        """Refuse an epsilon without its delta, a delta alone, and a budget without a limit."""
+        self.column_map()
+        if self.epsilon is not None and self.delta is None:
+            raise UsageError(f"--epsilon {self.epsilon:g} says nothing without --delta.", hint="for instance 1e-6")
+        if self.delta is not None and self.epsilon is None:
+            raise UsageError("--delta was given without --epsilon.", expected="both, or neither")
+        if self.epsilon is None and self.releases is None:
+            raise UsageError("A budget was given without a limit.", expected="--epsilon and --delta, or --releases")
+
+    def column_map(self) -> dict[str, str]:
+        """Our name of a field to the file's name of its column."""
+        return parse_pairs(self.columns, "--columns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerExport(Settings):
+    """Write the whole ledger as JSON: every release, without rows and without names of units."""
+
+    ledger: LedgerFile = None
+    units: Annotated[bool, "With a keyed hash of each unit, which tells releases of one unit from others."] = False
+    json: Annotated[Path | None, "File to write. Default: standard output."] = None

@@ -184,6 +184,15 @@ _SPECIAL = {
     **dict.fromkeys(("key", "owner_key", "parties"), _PATHS),
     **{name: st.none() for name in ("temperature", "top_k", "top_p", "prompt_file")},
     "prompt": _TEXT,
+    # Mechanisms that do not go together are refused; here are some that do.
+    **{name: st.none() for name in ("epsilon", "delta", "unit", "eta", "keep_largest", "gradient_clip")},
+    **{name: st.none() for name in ("gradient_sigma", "decorrelate", "label_epsilon")},
+    "noise": st.just("gauss"),
+    "clip": st.floats(0.1, 1e6),
+    "sigma": st.floats(0.1, 1e6),
+    "quantise": st.sampled_from(["none"]) | st.none(),
+    "snap": st.just(False),
+    "hide_lengths": st.just(False),
 }
 
 

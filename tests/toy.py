@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from splitfl import config
+from splitfl import config, config_privacy
 from splitfl.options import Settings, command, run_app
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -24,6 +24,11 @@ KEYS: dict[str, type[Settings]] = {
     "allow": config.KeysAllow,
     "revoke": config.KeysRevoke,
 }
+LEDGER: dict[str, type[Settings]] = {
+    "show": config_privacy.LedgerShow,
+    "budget": config_privacy.LedgerBudget,
+    "export": config_privacy.LedgerExport,
+}
 TUNE = "tune --kit kit/ --owner tcp://127.0.0.1:5555 --owner-key o.key --key h.key_secret --train r.jsonl --out run/"
 
 
@@ -37,7 +42,9 @@ class Toy:
         self.code: int | None = None
         keys = typer.Typer()
         self.app.add_typer(keys, name="keys")
-        for group, commands in ((self.app, COMMANDS), (keys, KEYS)):
+        ledger = typer.Typer()
+        self.app.add_typer(ledger, name="ledger")
+        for group, commands in ((self.app, COMMANDS), (keys, KEYS), (ledger, LEDGER)):
             for name, settings_class in commands.items():
                 command(group, settings_class, name, self.handle)
 
