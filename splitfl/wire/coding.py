@@ -17,6 +17,7 @@ promise nothing about what can be read from them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
@@ -30,6 +31,7 @@ __all__ = ["CODINGS", "Coded", "coded_bytes", "decode", "encode_grid16", "encode
 
 CODINGS: frozenset[str] = frozenset(get_args(CodingName)) - {"raw"}
 WIDEST = 65_536  # columns that a 16-bit index can name
+_BLOCK = 262_144  # numbers; measured: fewer cost more calls, more leave the cache
 
 _Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -64,49 +66,95 @@ def encode_grid16(codes: torch.Tensor, step: float) -> Coded:
         step: what one unit is worth; a power of two, so that ``code * step`` is exact in float32.
 
     Raises:
-        InternalError: `step` is no power of two.
+        InternalError: `step` is no power of two, or one that a receiver refuses.
     """
-    if not step > 0 or math.frexp(step)[0] != 0.5:
-        raise InternalError(f"A grid step of {step!r} is no power of two.")
+    if not 2.0**-60 <= step <= 2.0**60 or math.frexp(step)[0] != 0.5:
+        raise InternalError(f"A grid step of {step!r} was to be sent.", expected="a power of two, 2^-60 to 2^60")
     narrow = codes.clamp(-32768, 32767).to(device="cpu", dtype=torch.int16).contiguous()
     return Coded(coding="grid16", shape=tuple(codes.shape), payload=_bytes_of(narrow.numpy(), "<i2"), step=float(step))
 
 
 def encode_int8(x: torch.Tensor) -> Coded:
-    """`x` float [B, T, D] as ``int8``: per token, the largest magnitude becomes 127."""
-    scales, codes = _scaled(x, 127)
-    payload = torch.cat([_bytes_of(scales.numpy(), "<f4"), _bytes_of(codes.to(torch.int8).numpy(), "i1")])
+    """`x` float [B, T, D] as ``int8``: per token, the largest magnitude becomes 127. What is not finite stays so."""
+    whole = _tokens_of(x)
+    payload, scales, codes = _room_for("int8", tuple(x.shape))
+    narrow = torch.from_numpy(codes.view(np.int8))
+    for at, block in _scaled(whole, 127, scales):
+        narrow[at] = block
     return Coded(coding="int8", shape=tuple(x.shape), payload=payload)
 
 
 def encode_int4(x: torch.Tensor) -> Coded:
-    """`x` float [B, T, D] as ``int4``: per token, the largest magnitude becomes 7."""
-    scales, codes = _scaled(x, 7)
-    nibbles = (codes + 8).to(torch.uint8)
-    if nibbles.shape[-1] % 2:
-        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
-    packed = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-    payload = torch.cat([_bytes_of(scales.numpy(), "<f4"), packed.reshape(-1)])
+    """`x` float [B, T, D] as ``int4``: per token, the largest magnitude becomes 7. What is not finite stays so."""
+    whole = _tokens_of(x)
+    payload, scales, codes = _room_for("int4", tuple(x.shape))
+    width, pairs = whole.shape[1], codes.shape[1]
+    nibbles = np.zeros((_block_of(width), 2 * pairs), np.int8)  # an odd width leaves the last column 0
+    for at, block in _scaled(whole, 7, scales):
+        some = nibbles[: len(block)]
+        torch.from_numpy(some)[:, :width] = block.add_(8)
+        both = some.view("<u2")  # the even column in the low byte
+        codes[at] = (both | both >> 4) & 0xFF
     return Coded(coding="int4", shape=tuple(x.shape), payload=payload)
 
 
 def encode_topk(x: torch.Tensor, kept: int) -> Coded:
-    """`x` float [B, T, D] as ``topk``: of each token, the `kept` numbers of largest magnitude."""
+    """`x` float [B, T, D] as ``topk``: of each token, the `kept` numbers of largest magnitude.
+
+    Beyond float16 they saturate; infinity does not, for the receiver is to refuse it.
+
+    Raises:
+        InternalError: `kept` is not 1 to D, or D is beyond what a 16-bit column can name.
+    """
+    if not 1 <= kept <= x.shape[-1] <= WIDEST:
+        raise InternalError(f"Of {x.shape[-1]} numbers, {kept} were to be kept.", expected=f"1 to D, D up to {WIDEST}")
     whole = x.detach().to("cpu", torch.float32)
     columns = whole.abs().topk(kept, dim=-1, sorted=False).indices
-    values = whole.gather(-1, columns).clamp(-65504, 65504).to(torch.float16)
-    payload = torch.cat([_bytes_of(columns.numpy().astype("<u2"), "<u2"), _bytes_of(values.numpy(), "<f2")])
+    values = whole.gather(-1, columns)
+    narrow = torch.where(values.isinf(), values, values.clamp(-65504, 65504)).to(torch.float16)
+    payload = torch.cat([_bytes_of(columns.numpy().astype("<u2"), "<u2"), _bytes_of(narrow.numpy(), "<f2")])
     return Coded(coding="topk", shape=tuple(x.shape), payload=payload, kept=kept)
 
 
-def _scaled(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 scales [B, T], and `x` over its token's scale, rounded to integers in [-largest, largest]."""
-    whole = x.detach().to("cpu", torch.float32)
-    scales = whole.abs().amax(-1) / largest
-    # A token of zeros, or one too small to be divided by, is sent as zeros.
-    safe = torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
-    codes = (whole / safe[..., None]).round_().clamp_(-largest, largest)
-    return scales.contiguous(), codes
+def _tokens_of(x: torch.Tensor) -> torch.Tensor:
+    """`x` [..., D] as float32 [tokens, D] in CPU memory; may share it."""
+    return x.detach().to("cpu", torch.float32).reshape(-1, x.shape[-1])
+
+
+def _room_for(coding: CodingName, shape: tuple[int, ...]) -> tuple[torch.Tensor, _Array, _Array]:
+    """An unwritten payload, and the two parts of it: float32 scales [tokens], and bytes [tokens, codes of a token]."""
+    tokens = math.prod(shape[:-1])
+    payload = torch.empty(coded_bytes(coding, shape, 0), dtype=torch.uint8)
+    raw = payload.numpy()
+    return payload, raw[: 4 * tokens].view("<f4"), raw[4 * tokens :].reshape(tokens, -1)
+
+
+def _block_of(width: int) -> int:
+    """Tokens that are coded at once: so few that what is made of them stays in the processor's cache."""
+    return max(1, _BLOCK // width)
+
+
+def _scaled(whole: torch.Tensor, largest: int, scales: _Array) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Block after block of `whole` [tokens, D], each number over its token's scale, rounded to [-largest, largest].
+
+    Fills `scales` first. Yields the tokens of a block, and float32 [block, D] in memory that the next block takes over.
+    """
+    count = _block_of(whole.shape[1])
+    work = torch.empty(min(count, len(whole)), whole.shape[1], dtype=torch.float32)
+    scale = torch.empty(len(whole), dtype=torch.float32)
+    for part, out in zip(whole.split(count), scale.split(count), strict=True):
+        torch.amax(torch.abs(part, out=work[: len(part)]), -1, out=out)
+    scale /= largest
+    # The largest number of float32 would come back as infinity; infinity itself must.
+    ceiling = torch.finfo(torch.float32).max * (1 - 2**-23) / largest
+    scale = torch.where(scale.isinf(), scale, scale.clamp(max=ceiling))
+    scales[:] = scale.numpy()
+    # A token of zeros, or one too small to be divided by, is sent as zeros. One with a NaN has a scale that says so.
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.inf)[:, None]
+    start = 0
+    for part, divisor in zip(whole.split(count), scale.split(count), strict=True):
+        at = slice(start, start := start + len(part))
+        yield at, torch.div(part, divisor, out=work[: len(part)]).round_()
 
 
 def _bytes_of(array: _Array, little_endian: str) -> torch.Tensor:
@@ -168,4 +216,4 @@ def _decode_topk(raw: _Array, shape: tuple[int, ...], kept: int) -> torch.Tensor
     if bool((columns >= width).any()):
         raise WireError("A top-k frame names a column that the cut does not have.", expected=f"below {width}")
     values = torch.from_numpy(raw[2 * count :].view("<f2").astype(np.float32)).reshape(*outer, kept)
-    return torch.zeros(shape).scatter_(-1, columns, values)
+    return torch.zeros(shape, dtype=torch.float32).scatter_(-1, columns, values)
