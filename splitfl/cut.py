@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Literal
 
 import msgspec
@@ -276,11 +276,12 @@ def entrance(base: nn.Module, path: str) -> nn.Module:
     )
 
 
-def keep_party_layers(base: PreTrainedModel, plan: Plan) -> None:
-    """Replace the trunk of `base` in place by pass-throughs."""
+def keep_party_layers(base: PreTrainedModel, plan: Plan, also: Container[int] = ()) -> None:
+    """Replace the trunk of `base` in place by pass-throughs, all but the layers in `also` (an emulator's)."""
     layers = module_at(base, plan.stack)
     for index in plan.trunk_layers:
-        layers[index] = PassThrough(layers[index], index, plan.returns_tuple)
+        if index not in also:
+            layers[index] = PassThrough(layers[index], index, plan.returns_tuple)
 
 
 def keep_trunk_layers(model: PreTrainedModel, plan: Plan) -> None:

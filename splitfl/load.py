@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,15 @@ def model_class(config: PreTrainedConfig, task: Task | None) -> type[PreTrainedM
 
 
 def load_party_side(
-    model_dir: Path, plan: Plan, *, dtype: torch.dtype, config: PreTrainedConfig | None = None, new_head: bool = False
-) -> PreTrainedModel:
+    model_dir: Path, plan: Plan, *, dtype: torch.dtype, config: PreTrainedConfig | None = None, new_head: bool = False,
+    also: Container[int] = (),
+) -> PreTrainedModel:  # fmt: skip
     """Bottom and top of the model, on the CPU, in `dtype`, with pass-throughs where the trunk is.
 
     Args:
         new_head: allow head tensors that the checkpoint lacks, or has for another number of classes; they are drawn
             anew from torch's generator.
+        also: trunk layers that this side has too: those of an emulator.
 
     Raises:
         ModelError: the checkpoint lacks tensors that this side holds.
@@ -110,7 +112,7 @@ def load_party_side(
         model_dir,
         config,
         dtype,
-        lambda model: keep_party_layers(model.base_model, plan),
+        lambda model: keep_party_layers(model.base_model, plan, also),
     )
     prefix = model.base_model_prefix + "."
     if new_head:
@@ -212,6 +214,12 @@ def is_trunk_tensor(name: str, plan: Plan) -> bool:
     """Whether a checkpoint tensor of this name belongs to a trunk layer of `plan`."""
     found = _layer_in(name, plan)
     return found is not None and int(found[2]) in plan.trunk_layers
+
+
+def layer_of(name: str, plan: Plan) -> int | None:
+    """Number of the layer that a checkpoint tensor of this name belongs to; None if it is in none of the stack."""
+    found = _layer_in(name, plan)
+    return None if found is None else int(found[2])
 
 
 def _layer_in(name: str, plan: Plan) -> re.Match[str] | None:
