@@ -18,7 +18,7 @@ two points as sent, whatever rounding or coding did to them. An owner is doubted
     sigma^2 = 2 eps^2 sum v^2 (f^2 + rms_token(f)^2)            rounding: each number of f by about eps of its size
     chi     = |f(h+u) + f(h-u) - 2 f(h)| / |f(h+u) - f(h-u)|    curvature; the central difference errs by its square
 
-with eps the unit roundoff of the coarsest format on the way. K and KAPPA are measured, not derived: see `_ROUNDINGS`.
+with eps the unit roundoff of the coarsest format on the way. K and KAPPA are measured, not derived: see below.
 The reach is chosen so that K sigma is a twentieth of `expected`, and cut back where the trunk is too curved for that. A
 probe that allows more than half of `expected` and finds nothing is inconclusive: counted, but neither a failure nor the
 end of a row of them. After a doubtful probe each backward is probed, until one is consistent or `failures` in a row
@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -58,8 +57,10 @@ Record: TypeAlias = Callable[[dict[str, Any]], None]
 
 # K, in sigmas. Kernels of the short formats add up in float32 and round once, so a result errs by few eps; in float32
 # the sum itself rounds, and the error grows with its length. The tests hold honest owners to it for 10,000 probes.
-_ROUNDINGS = {torch.float32: 64.0, torch.bfloat16: 16.0, torch.float16: 16.0}
-_KAPPA = 8.0  # largest |error| / chi^2 seen: 4.2, with random weights that curve a trunk far more than training does
+_ROUNDINGS = {torch.float32: 64.0, torch.bfloat16: 12.0, torch.float16: 12.0}
+# Largest |error| / chi^2 in 10,000 probes: 7.8 in float32, with random weights that curve a trunk more than training
+# does; the reach is so short there that room costs nothing. In the short formats much of chi^2 is rounding already.
+_KAPPAS = {torch.float32: 32.0, torch.bfloat16: 5.0, torch.float16: 5.0}
 _SHARE = 0.05  # of `expected` that K sigma shall be
 # Below these, rounding looks like curvature, and two points are mostly apart by what coding did to them.
 _LEAST_REACHES = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -68,7 +69,7 @@ _GOOD, _LEAST_STRETCH = 0.25, 0.1  # allowance at which no better reach is looke
 _CONCLUSIVE = 0.5  # largest allowance by which a consistent probe says something
 _LEAST_LEAN = 8.0  # of lambda
 
-# Largest relative change (root mean square over the output) that another order of sums explains.
+# Largest relative change (root mean square) that another order of sums explains.
 _REPEAT_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 _REPEAT_LENGTH, _REPEAT_ASKS = 16, 3
 
@@ -118,9 +119,8 @@ class Measurement:
     reach: float
     """Size of the random part of the step, as a share of each token's root mean square."""
     rounding: float = 0.0
-    """The part of `allowed` that is for rounding."""
     curvature: float = 0.0
-    """chi."""
+    """The two parts of `allowed`: K sigma, and KAPPA chi^2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,9 +276,9 @@ class HonestyProbe:
         above, f_above = self._ask(held.request, h + reach * shape)
         below, f_below = self._ask(held.request, h - reach * shape)
         change = f_above - f_below
-        bend, size = float((f_above + f_below - 2 * f).norm()), float(change.norm())
-        curvature = bend / size if size else (math.inf if bend else 0.0)
-        return _judge(float((g * (above - below)).sum()), float((change * v).sum()), rounding, curvature, reach)
+        second, first = float((f_above + f_below - 2 * f).norm()), float(change.norm())
+        bend = _KAPPAS[self.dtype] * (second / first) ** 2 if first else (math.inf if second else 0.0)
+        return _judge(float((g * (above - below)).sum()), float((change * v).sum()), rounding, bend, reach)
 
     def _ask(self, request: TrunkRequest, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk at `point`: the point as sent, and the output there; both float64 [B, T, D]."""
@@ -325,7 +325,7 @@ class HonestyProbe:
         """Relative change of the repeated output."""
         same = torch.equal(first, output)
         change = 0.0 if same else float((_wide(output) - _wide(first)).norm() / _wide(first).norm())
-        change = change if math.isfinite(change) else sys.float_info.max  # JSON knows no infinity
+        change = change if math.isfinite(change) else 1e300  # JSON knows no infinity
         with self._lock:
             self.tally.repeats += 1
             self.tally.largest_change = max(self.tally.largest_change, change)
@@ -347,13 +347,13 @@ class HonestyProbe:
             raise self._failed
 
 
-def _judge(expected: float, measured: float, rounding: float, curvature: float, reach: float) -> Measurement:
-    """The verdict over one probe; `rounding` is K sigma."""
+def _judge(expected: float, measured: float, rounding: float, bend: float, reach: float) -> Measurement:
+    """The verdict over one probe; `rounding` is K sigma and `bend` KAPPA chi^2."""
     size = max(abs(expected), abs(measured))
-    if not size or not all(map(math.isfinite, (size, rounding, curvature))):
+    if not size or not all(map(math.isfinite, (size, rounding, bend))):
         return Measurement(verdict="inconclusive", reach=reach)
     deviation, share = abs(measured - expected) / size, rounding / size
-    allowed = share + _KAPPA * curvature**2
+    allowed = share + bend
     quiet: Verdict = "consistent" if allowed <= _CONCLUSIVE else "inconclusive"
     return Measurement(
         verdict=quiet if deviation <= allowed else "inconsistent",
@@ -362,7 +362,7 @@ def _judge(expected: float, measured: float, rounding: float, curvature: float, 
         allowed=allowed,
         reach=reach,
         rounding=share,
-        curvature=curvature,
+        curvature=bend,
     )
 
 
