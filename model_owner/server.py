@@ -29,7 +29,7 @@ from model_owner.trunk import Kept
 from splitfl.cut import Plan
 from splitfl.wire import frames as wire
 from splitfl.wire.channel import Envelope, OwnerSocket
-from splitfl.wire.codecs import Frame, nbytes
+from splitfl.wire.codecs import Frame, dtype_name, nbytes
 from splitfl.wire.messages import (
     Backward,
     Bye,
@@ -144,6 +144,7 @@ class Server:
             memory="recompute" if held.recompute else "keep",
             lease_s=self.limits.lease_s,
             server=splitfl.__version__,
+            compute=dtype_name(self.answerer.trunk.dtype),
         )
         held.talk.send(welcome)
         self.table.add(held)

@@ -63,7 +63,7 @@ class Book:
     def charge(
         self, channel: str, mechanism: Mechanism | None, batch: BatchRows | None, *, formal: bool,
         release_id: str | None = None, pieces: int = 1, before: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> list[str]:  # fmt: skip
         """Book one release; on disk when this returns.
 
         Args:
@@ -75,41 +75,94 @@ class Book:
             pieces: sends of the same rows that are booked as one.
             before: name of what was done to the tensor before the mechanism.
 
+        Returns:
+            What `confirm` takes once an answer has come.
+
         Raises:
             BudgetError: it would go beyond a budget; nothing was booked.
         """
+        booked = []
         chosen = [self.datasets[batch.dataset]] if batch is not None else list(self.datasets.values())
         for data in chosen:
-            units = None if batch is None else sorted({data.units[row] for row in batch.rows})
-            sensitivity, sigma = _size_of(mechanism)
-            unit: Literal["row", "person", "token"] = data.unit
-            if isinstance(mechanism, Gauss) and mechanism.unit == "token":
-                unit = "token"
-            if sensitivity is not None:
-                if unit != "token":
-                    # k examples of one person (or of one text, cut into blocks) in one release: k differences in
-                    # coordinates of their own, so sqrt(k) in L2. Of rows that are not known there may be all.
-                    of_rows = data.units if batch is None else [data.units[row] for row in batch.rows]
-                    sensitivity *= math.sqrt(max(Counter(of_rows).values()))
-                sensitivity *= math.sqrt(pieces)  # rho adds up over the sends
-            rho = None
-            if formal and sensitivity is not None and sigma is not None:
-                rho = sensitivity**2 / (2 * sigma**2)
-            self.ledger.charge(
-                Release(
-                    release_id=f"{release_id or f'{self._start}:{next(self._numbers)}'}:{data.fingerprint[:16]}",
-                    dataset=data.fingerprint,
-                    unit=unit,
-                    units=units,
-                    channel=channel,
-                    mechanism=describe(mechanism, before),
-                    sensitivity=sensitivity,
-                    sigma=sigma,
-                    rho=rho,
-                    adversary=ADVERSARY,
-                    run=self.run,
-                )
+            name = f"{release_id or f'{self._start}:{next(self._numbers)}'}:{data.fingerprint[:16]}"
+            rows = None if batch is None else batch.rows
+            release = self._release(name, data, channel, mechanism, rows, formal=formal, pieces=pieces, before=before)
+            self.ledger.charge(release)
+            booked.append(name)
+        return booked
+
+    def charge_labels(self, dataset: str, epsilon: float) -> None:
+        """Book randomised response on the labels of a data set: once a run, however often it is resumed.
+
+        Pure epsilon is zCDP with rho = epsilon^2 / 2 (Bun and Steinke 2016, proposition 1.4).
+
+        Raises:
+            BudgetError: it would go beyond a budget; nothing was booked.
+        """
+        data = self.datasets[dataset]
+        self.ledger.charge(
+            Release(
+                release_id=f"labels:{self.run}:{data.fingerprint[:16]}",
+                dataset=data.fingerprint,
+                unit=data.unit,
+                units=None,
+                channel="labels",
+                mechanism=f"randomised response, epsilon {epsilon:g}",
+                sensitivity=None,
+                sigma=None,
+                rho=epsilon**2 / 2 * max(Counter(data.units).values()),
+                adversary=ADVERSARY,
+                run=self.run,
             )
+        )
+
+    def confirm(self, booked: Sequence[str]) -> None:
+        """Note that an answer came."""
+        for name in booked:
+            self.ledger.confirm(name)
+
+    def check(self, channel: str, mechanism: Mechanism | None, dataset: str, times: int, *, formal: bool) -> None:
+        """Whether a whole run fits that sends each row of a data set `times` times; books nothing.
+
+        Raises:
+            BudgetError: it does not; says what would.
+        """
+        data = self.datasets[dataset]
+        release = self._release("planned", data, channel, mechanism, range(len(data.units)), formal=formal)
+        self.ledger.check(release, times)
+
+    def _release(
+        self, name: str, data: DataSet, channel: str, mechanism: Mechanism | None, rows: Sequence[int] | None, *,
+        formal: bool, pieces: int = 1, before: str | None = None,
+    ) -> Release:  # fmt: skip
+        units = None if rows is None else sorted({data.units[row] for row in rows})
+        sensitivity, sigma = _size_of(mechanism)
+        unit: Literal["row", "person", "token"] = data.unit
+        if isinstance(mechanism, Gauss) and mechanism.unit == "token":
+            unit = "token"
+        if sensitivity is not None:
+            if unit != "token":
+                # k examples of one person (or of one text, cut into blocks) in one release: k differences in
+                # coordinates of their own, so sqrt(k) in L2. Of rows that are not known there may be all.
+                of_rows = data.units if rows is None else [data.units[row] for row in rows]
+                sensitivity *= math.sqrt(max(Counter(of_rows).values()))
+            sensitivity *= math.sqrt(pieces)  # rho adds up over the sends
+        rho = None
+        if formal and sensitivity is not None and sigma is not None:
+            rho = sensitivity**2 / (2 * sigma**2)
+        return Release(
+            release_id=name,
+            dataset=data.fingerprint,
+            unit=unit,
+            units=units,
+            channel=channel,
+            mechanism=describe(mechanism, before),
+            sensitivity=sensitivity,
+            sigma=sigma,
+            rho=rho,
+            adversary=ADVERSARY,
+            run=self.run,
+        )
 
 
 def _size_of(mechanism: Mechanism | None) -> tuple[float | None, float | None]:

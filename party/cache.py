@@ -193,14 +193,16 @@ class _Sender:
             made = self.guard.protect_hidden(request.hidden, request.mask)
             _save(_put_in(made if isinstance(made, Coded) else made.to("cpu", self.dtype)), outbox)
         sent, number = _taken_out(outbox, request.hidden)
-        protection, book = self.guard.protection, self.guard.book
+        protection, book, booked = self.guard.protection, self.guard.book, list[str]()
         if book is not None:
-            book.charge(
+            booked = book.charge(
                 "activations", protection.hidden, self.rows, formal=protection.formal, release_id=f"pass:{number}"
             )
         leaving = self.guard.outgoing(replace(request, keep=False, cache=None), sent)
         output, _ = self.guard.link.forward(leaving)
         self.cache.keep(self.batch, output.to("cpu", self.dtype), self.mask)
+        if book is not None:
+            book.confirm(booked)
         raise _ReplyKept
 
     def backward(self, step: int, gradient: torch.Tensor | Coded) -> torch.Tensor:

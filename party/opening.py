@@ -59,19 +59,20 @@ class Preparation:
         return {("forward", "hidden"): self.claim.sentence()}
 
 
-def prepare(settings: TuneSettings, kit: Kit, longest: int) -> Preparation:
+def prepare(settings: TuneSettings, kit: Kit, longest: int, rows: int = 1) -> Preparation:
     """Choose the mechanisms and work out what they promise.
 
     Args:
         settings: of the run.
         kit: the kit.
         longest: tokens of the longest row.
+        rows: how many there are to train on.
 
     Raises:
         UsageError: a mechanism or a promise that this run has no place for.
     """
     protocol = protocol_named(settings.protocol)
-    releases = settings.releases or (1 if protocol.sends_once else planned_releases(settings))
+    releases = settings.releases or (1 if protocol.sends_once else planned_releases(settings, rows))
     sigma = settings.sigma
     if settings.epsilon is not None:
         plan_protection(settings, kit.plan, protocol, sigma=1.0)  # whether epsilon may be asked for at all
@@ -88,11 +89,30 @@ def prepare(settings: TuneSettings, kit: Kit, longest: int) -> Preparation:
     return Preparation(protocol=protocol, protection=protection, claim=claim, preview=tuple(preview))
 
 
-def planned_releases(settings: TuneSettings) -> int:
-    """How often training alone sends a row; evaluations come on top, for their own rows."""
+def planned_releases(settings: TuneSettings, rows: int) -> int:
+    """How often training sends a row of `rows`; evaluations come on top, for their own rows."""
     if settings.max_steps > 0:
-        return settings.max_steps  # at most: how many rows there are is not looked at
-    return max(1, round(settings.num_train_epochs + 0.4999))
+        batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        return max(1, math.ceil(settings.max_steps * batch / rows))
+    return max(1, math.ceil(settings.num_train_epochs))
+
+
+def check_budget(
+    settings: TuneSettings, preparation: Preparation, book: Book, train: str, held_out: str | None
+) -> None:
+    """Refuse before the first byte what the ledger would refuse in the middle.
+
+    Raises:
+        BudgetError: the run does not fit into the budget of its rows.
+    """
+    protection, protocol = preparation.protection, preparation.protocol
+    times = preparation.claim.releases_planned
+    book.check("activations", protection.hidden, train, times, formal=protection.formal)
+    if protocol.sends_gradients:
+        book.check("gradients", protection.gradient, train, 2 * times, formal=False)
+    if held_out is not None:
+        passes = 1 if protocol.sends_once else 2  # before and after; more with --eval-steps
+        book.check("activations", protection.hidden, held_out, passes, formal=protection.formal)
 
 
 def embedding_table(kit: Kit) -> torch.Tensor:
@@ -170,6 +190,7 @@ def open_book(settings: TuneSettings, run: str, datasets: Mapping[str, DataSet])
 def connect(settings: TuneSettings, kit: Kit, protection: Protection) -> Session:
     """Open the session that the settings describe."""
     compute = resolve_dtype(kit, settings.dtype)
+    assert settings.owner is not None  # noqa: S101  the settings saw to it
     session = open_session(
         kit.plan,
         settings.owner,
@@ -200,7 +221,7 @@ def guarded(
         link = HonestyProbe(
             session,
             every=settings.probe_every,
-            dtype=TORCH_DTYPES[session.terms.wire_dtype],
+            dtype=_coarser(session),
             encode=coder(protection),
             # With the bottom kept as it is, no gradient is asked for, whatever the protocol allows.
             gradients=protocol_named(settings.protocol).sends_gradients and protection.trains_bottom,
@@ -208,3 +229,10 @@ def guarded(
             on_failure=on_probe,
         )
     return Guard(link, protection, book)
+
+
+def _coarser(session: Session) -> torch.dtype:
+    """The coarser of what the wire carries and what the owner says it computes in."""
+    said = session.welcome.compute if session.welcome is not None else session.terms.wire_dtype
+    both = [TORCH_DTYPES[session.terms.wire_dtype], TORCH_DTYPES[said]]
+    return max((dtype for dtype in both if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps)

@@ -84,16 +84,17 @@ def plan_protection(
     trains_bottom = protocol.trains_bottom and not settings.freeze_bottom
     _check_fit(settings, plan, protocol, classes)
     quantise = protocol.quantise if settings.quantise is None else settings.quantise
-    if settings.quantise is None and (settings.noise == "gauss" or settings.keep_largest is not None):
+    if settings.quantise is None and settings.keep_largest is not None:
         quantise = "none"  # the protocol's own choice gives way to what was asked for
+    on_hidden = "none" if settings.noise == "gauss" else quantise  # noise goes out on a grid of its own
     decorrelate = protocol.decorrelate if settings.decorrelate is None else settings.decorrelate
-    hidden = _hidden_mechanism(settings, quantise, sigma, table)
+    hidden = _hidden_mechanism(settings, on_hidden, sigma, table)
     gradient = _gradient_mechanism(settings, quantise) if protocol.sends_gradients else None
     formal, because = _claim(settings, protocol, trains_bottom=trains_bottom)
     return Protection(
         hidden=hidden,
         gradient=gradient,
-        hidden_coding=_coding_of(settings, quantise, noisy=settings.noise == "gauss"),
+        hidden_coding=_coding_of(settings, on_hidden, noisy=settings.noise == "gauss"),
         gradient_coding=_coding_of(settings, quantise, noisy=settings.gradient_sigma is not None)
         if protocol.sends_gradients
         else "raw",
@@ -179,7 +180,7 @@ def _claim(settings: ProtectionSettings, protocol: Protocol, *, trains_bottom: b
     if trains_bottom:
         return False, "what is sent of one row passes layers that other rows have trained"
     if protocol.sends_gradients:
-        return False, "gradients are sent too, and they come from a top that other rows have trained"
+        return False, "this protocol lets gradients cross, and they come from a top that other rows have trained"
     return True, ""
 
 
@@ -259,9 +260,9 @@ class Guard:
         assert isinstance(request.hidden, torch.Tensor)  # noqa: S101  nothing is protected twice
         mask = None if request.mask is None else request.mask[:, -request.hidden.shape[1] :]
         sent = self.protect_hidden(request.hidden, mask)
-        if self.book is not None:
-            self.book.charge("activations", self.protection.hidden, self.batch, formal=self.protection.formal)
+        booked = self._book("activations", self.protection.hidden, self.batch, formal=self.protection.formal)
         output, step = self.link.forward(self.outgoing(request, sent))
+        self._confirm(booked)
         if request.keep:
             self._kept[step] = mask, self.batch
         return output, step
@@ -284,9 +285,20 @@ class Guard:
             gradient = self._hide_labels(gradient, batch)
         mechanism = self.protection.gradient
         sent = gradient if mechanism is None else mechanism.protect(gradient, mask)
+        booked = self._book("gradients", mechanism, batch, formal=False, before=label_noise)
+        result = self.link.backward(step, sent)
+        self._confirm(booked)
+        return result
+
+    def _book(
+        self, channel: str, mechanism: Mechanism | None, batch: BatchRows | None, *, formal: bool,
+        before: str | None = None,
+    ) -> list[str]:  # fmt: skip
+        return [] if self.book is None else self.book.charge(channel, mechanism, batch, formal=formal, before=before)
+
+    def _confirm(self, booked: list[str]) -> None:
         if self.book is not None:
-            self.book.charge("gradients", mechanism, batch, formal=False, before=label_noise)
-        return self.link.backward(step, sent)
+            self.book.confirm(booked)
 
     def release(self, *, caches: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> None:
         """See `splitfl.link.TrunkLink`."""

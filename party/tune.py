@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from transformers import TrainingArguments
 from party.bookkeeping import DataSet, run_name
 from party.evaluate import Score, evaluate
 from party.model import check_device, resolve_dtype
+from party.offline import plan_offline
 from party.opening import Preparation, data_set, open_book, prepare, say
 from party.progress import TrainingProgress
 from party.protect import numbered
 from party.rundir import RunDirectory
 from party.trainer import SplitTrainer, StopRequest
 from party.workplace import Workplace, open_workplace
+from protocols import protocol_named
 from splitfl.adapters import save_adapter
 from splitfl.config import TuneSettings
 from splitfl.data import Collator, Examples, load_rows, tokenise
@@ -62,11 +65,16 @@ def tune(settings: TuneSettings) -> int:
     data = read_data(settings, kit)
     say(f"train: {data.train.counts}")
     longest = max(len(example["input_ids"]) for example in data.train)
-    preparation = prepare(settings, kit, longest)
+    preparation: Preparation
+    if protocol_named(settings.protocol).offline:
+        preparation = plan_offline(settings, kit, data.train_set)
+    else:
+        preparation = prepare(settings, kit, longest, len(data.train))
     preparation.show()
     book = open_book(settings, run_name(run.path, resumed=settings.resume), data.sets)
     with book, open_workplace(settings, kit, run, data, preparation, book) as place:
         if settings.label_epsilon is not None:
+            book.charge_labels(data.train_set.fingerprint, settings.label_epsilon)
             randomise_classes(settings, kit, run, data)
         return _train(settings, kit, run, data, preparation, place, checkpoint)
 
@@ -141,9 +149,9 @@ def _train(
     def note_eval(step: int, score: Score, when: str = "during") -> None:
         log.write("eval", step=step, when=when, tokens=score.counted, **score.facts())
 
-    trainer = SplitTrainer(
+    trainer = place.trainer(
         model=model,
-        args=_training_arguments(settings, run),
+        args=_training_arguments(settings, run, place.arguments),
         train_dataset=numbered(data.train),
         callbacks=[progress, stop],
         run=run,
@@ -161,7 +169,7 @@ def _train(
     if data.held_out is not None and checkpoint is None:
         before = _score(settings, kit, data, place)
         note_eval(0, before, "before")
-        say(f"held out, before: {_in_words(before)}")
+        say(f"held out, before: {_in_words(before)}{place.measured}")
     try:
         with stop.watching():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -171,6 +179,8 @@ def _train(
     if stop.asked and step < trainer.state.max_steps:
         say(f"Stopped at step {step} of {trainer.state.max_steps}. The checkpoint is kept; continue with --resume.")
         return INTERRUPTED_EXIT_CODE
+    if place.release is not None:
+        place.release(model)
     save_adapter(model, run.adapter, base_name=str(kit.config.name_or_path or kit.plan.model_type))
     after = None
     if data.held_out is not None:
@@ -178,7 +188,7 @@ def _train(
         scored = trainer.last_score
         after = scored[1] if scored is not None and scored[0] == step else _score(settings, kit, data, place)
         note_eval(step, after, "after")
-        say(f"held out, after:  {_in_words(after)}")
+        say(f"held out, after:  {_in_words(after)}{place.measured}")
     seconds = time.monotonic() - started
     log.write(
         "end",
@@ -192,7 +202,9 @@ def _train(
     return 0
 
 
-def _training_arguments(settings: TuneSettings, run: RunDirectory) -> TrainingArguments:
+def _training_arguments(
+    settings: TuneSettings, run: RunDirectory, settled: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     evaluates = settings.eval is not None and settings.eval_steps is not None
     fixed = {
         "output_dir": str(run.checkpoints),
@@ -204,7 +216,7 @@ def _training_arguments(settings: TuneSettings, run: RunDirectory) -> TrainingAr
         "eval_strategy": "steps" if evaluates else "no",
         "dataloader_pin_memory": settings.device != "cpu",
     }
-    return TrainingArguments(**{**fixed, **settings.training_kwargs()})
+    return TrainingArguments(**{**fixed, **settings.training_kwargs(), **(settled or {})})
 
 
 def _score(settings: TuneSettings, kit: Kit, data: Data, place: Workplace) -> Score:
@@ -293,5 +305,5 @@ def _results(
     for name, unit in (("loss", "nats"), ("perplexity", ""), ("accuracy", "share"), ("macro_f1", "")):
         value = getattr(after, name, None)
         if value is not None:
-            results.append(one(f"held-out {name}", value, unit, getattr(before, name, None)))
+            results.append(one(f"held-out {name}{place.measured}", value, unit, getattr(before, name, None)))
     return results

@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from party.bookkeeping import DataSet, run_name
 from party.evaluate import evaluate
 from party.model import open_model
-from party.opening import connect, data_set, guarded, open_book, prepare
+from party.offline import WITH_EMULATOR, emulated_model, find_emulator, untracked
+from party.opening import connect, data_set, guarded, open_book, prepare, say
 from party.protect import BatchRows, Guard, RowTracker, numbered
 from party.rundir import RunDirectory
 from party.session import Session
+from protocols import protocol_named
 from splitfl.adapters import open_adapter
 from splitfl.config import EvaluateSettings, GenerateSettings, TuneSettings
 from splitfl.data import Collator, encode_prompt, load_rows, tokenise
@@ -32,12 +34,12 @@ from splitfl.rows import Row, fingerprint
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TunedModel:
-    """A run's model, connected."""
+    """A run's model, connected; or, after an offline run, with the emulator in the trunk's place."""
 
     run: TuneSettings
     kit: Kit
-    session: Session
-    guard: Guard
+    session: Session | None
+    guard: Guard | None
     model: Any
     tokenizer: PreTrainedTokenizerBase
 
@@ -48,17 +50,25 @@ def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = T
     run = RunDirectory(settings.run)
     overrides = {
         name: getattr(settings, name)
-        for name in ("kit", "owner", "owner_key", "key", "timeout", "device", "threads")
+        for name in ("kit", "emulator", "owner", "owner_key", "key", "timeout", "device", "threads")
         if getattr(settings, name) is not None
     }
     tuned = dataclasses.replace(run.settings(), **overrides)
     if tuned.threads:
         torch.set_num_threads(tuned.threads)
     kit = open_kit(tuned.kit)
+    if protocol_named(tuned.protocol).offline:
+        say(f"{WITH_EMULATOR}, not with the owner's model: what the adapter does there, the owner finds out")
+        model: Any = emulated_model(tuned, kit, find_emulator(tuned, kit))
+        model.config.use_cache = True
+        if adapter:
+            model = open_adapter(model, run.adapter).eval()
+        yield TunedModel(run=tuned, kit=kit, session=None, guard=None, model=model, tokenizer=kit.tokenizer())
+        return
     preparation = prepare(tuned, kit, tuned.max_length or kit.plan.max_length or 2048)
     with contextlib.closing(connect(tuned, kit, preparation.protection)) as session:
         guard = guarded(tuned, session, preparation.protection, None)
-        model: Any = open_model(kit, guard, dtype=tuned.dtype, device=tuned.device)
+        model = open_model(kit, guard, dtype=tuned.dtype, device=tuned.device)
         if adapter:
             model = open_adapter(model, run.adapter).eval()
         yield TunedModel(run=tuned, kit=kit, session=session, guard=guard, model=model, tokenizer=kit.tokenizer())
@@ -74,6 +84,9 @@ def booked(opened: TunedModel, data: DataSet, *, pieces: int | None = None) -> I
         pieces: book so many sends of the one row there is at once, before the first: for a generation, which sends a
             position at a time. None books each send by itself.
     """
+    if opened.guard is None:  # nothing is sent
+        yield untracked(data)
+        return
     name = run_name(opened.run.out, resumed=True)
     with open_book(opened.run, name, {data.fingerprint: data}) as book:
         protection = opened.guard.protection
@@ -126,12 +139,12 @@ def evaluate_run(settings: EvaluateSettings) -> None:
                 on_batch=tracker.scoring,
             )
         seconds = time.monotonic() - started
+    case = settings.split if opened.guard is not None else f"{settings.split} {WITH_EMULATOR}"
     units = {"loss": "nats", "counted": "tokens" if kit.plan.task == "causal-lm" else "rows", "accuracy": "share"}
     results = [
-        Result(case=settings.split, metric=name, value=value, unit=units.get(name, ""))
-        for name, value in score.facts().items()
+        Result(case=case, metric=name, value=value, unit=units.get(name, "")) for name, value in score.facts().items()
     ]
-    results.append(Result(case=settings.split, metric="seconds", value=seconds, unit="s"))
+    results.append(Result(case=case, metric="seconds", value=seconds, unit="s"))
     for result in results:
         print(f"{result.metric:12} {result.value:.4f} {result.unit}".rstrip())
     if settings.json is not None:

@@ -28,7 +28,7 @@ from splitfl.adapters import add_lora, lora_config
 from splitfl.bench.orders import Line
 from splitfl.bench.side import own_output
 from splitfl.bench.utility_cases import FIGURES, SCORES
-from splitfl.bench.utility_orders import CutMeasured, MeasureCut, TrainCell, Trained, UtilityOrder, UtilityReady
+from splitfl.bench.utility_orders import CutMeasured, MeasureCut, Trained, UtilityOrder, UtilityReady
 from splitfl.config import TuneSettings
 from splitfl.cut import Plan
 from splitfl.errors import SplitflError, printable

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from party.bookkeeping import Book, describe, keep_name
 from party.cache import CacheKey, TrunkCache, cache_bytes, fill, put_cached_trunk
 from party.model import open_model, resolve_dtype
-from party.opening import Preparation, connect, guarded, say
+from party.opening import Preparation, check_budget, connect, guarded, say
 from party.progress import Traffic
 from party.protect import RowTracker
 from party.remote import RemoteTrunk
 from party.rundir import RunDirectory
 from party.session import Session
+from party.trainer import SplitTrainer
 from splitfl.adapters import add_lora, lora_config
 from splitfl.config import TuneSettings
 from splitfl.cut import module_at
@@ -46,10 +47,17 @@ class Workplace:
     traffic: Traffic
     log: RunLog
     extra_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
+    trainer: Callable[..., SplitTrainer] = SplitTrainer
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Training arguments that the run has no choice about."""
+    release: Callable[[PeftModel], None] | None = None
+    """Books the adapter, before it is written."""
+    measured: str = ""
+    """How figures were measured, where that is not with the owner's trunk: stands behind them."""
 
 
 @dataclass(kw_only=True)
-class _Counted:
+class Counted:
     """Bytes of sessions that are over."""
 
     bytes_sent: int = 0
@@ -61,9 +69,24 @@ def open_workplace(
     settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
 ) -> Iterator[Workplace]:
     """The model, ready to be trained; whatever was opened for it is closed afterwards."""
+    if preparation.protocol.offline:
+        from party.offline import OfflinePreparation, train_offline  # it stands on this module
+
+        assert isinstance(preparation, OfflinePreparation)  # noqa: S101
+        with train_offline(settings, kit, run, data, preparation, book) as place:
+            yield place
+        return
     opened = _kept_replies if preparation.protocol.sends_once else _over_the_network
     with opened(settings, kit, run, data, preparation, book) as place:
         yield place
+
+
+def _admit(settings: TuneSettings, preparation: Preparation, book: Book, data: Data) -> None:
+    """Whether the ledger lets this run send its rows at all; asked before anybody is reached."""
+    book.ledger.check_run(book.run, data.train_set.fingerprint)
+    if not settings.resume:  # how much of its plan a broken-off run has used is not known
+        held_out = data.held_out_set.fingerprint if data.held_out_set else None
+        check_budget(settings, preparation, book, data.train_set.fingerprint, held_out)
 
 
 def _begin(settings: TuneSettings, run: RunDirectory, preparation: Preparation, book: Book) -> None:
@@ -97,12 +120,12 @@ def _over_the_network(
     settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
 ) -> Iterator[Workplace]:
     protection = preparation.protection
+    _admit(settings, preparation, book, data)
     with contextlib.closing(connect(settings, kit, protection)) as session, contextlib.ExitStack() as stack:
         logs: list[RunLog] = []
         guard = guarded(settings, session, protection, book, lambda facts: logs[0].write("probe", **facts))
         base = open_model(kit, guard, dtype=settings.dtype, device=settings.device)
         model = tunable(settings, kit, base, top_alone=not protection.trains_bottom)
-        book.ledger.check_run(book.run, data.train_set.fingerprint)
         _begin(settings, run, preparation, book)
         logs.append(stack.enter_context(RunLog(run.log)))
         weight = protection.decorrelate
@@ -177,12 +200,12 @@ def _kept_replies(
     files = {data.train_set.fingerprint: ("train", data.train)}
     if data.held_out is not None and data.held_out_set is not None:
         files[data.held_out_set.fingerprint] = ("held-out", data.held_out)
-    book.ledger.check_run(book.run, data.train_set.fingerprint)
+    _admit(settings, preparation, book, data)
     caches = {
         name: _open_cache(settings, kit, run, preparation, name, folder, examples, dtype)
         for name, (folder, examples) in files.items()
     }
-    traffic = _Counted()
+    traffic = Counted()
     base = open_model(kit, NoLink(), dtype=settings.dtype, device=settings.device)
     _lora(settings, kit, base, top_alone=True)  # refuses, before anything is sent, what cannot be trained afterwards
     with contextlib.ExitStack() as stack:

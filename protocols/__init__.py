@@ -1,12 +1,13 @@
 """The protocols: who holds and trains what, and what may cross. One file a protocol; one lookup."""
 
 from protocols.guarded_gradfree import GUARDED_GRADFREE
+from protocols.guarded_offline import GUARDED_OFFLINE
 from protocols.guarded_online import GUARDED_ONLINE
 from protocols.record import Protocol
 from protocols.split import SPLIT
 from splitfl.errors import UsageError, nearest
 
-PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (SPLIT, GUARDED_ONLINE, GUARDED_GRADFREE)}
+PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (SPLIT, GUARDED_ONLINE, GUARDED_GRADFREE, GUARDED_OFFLINE)}
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol_named"]
 

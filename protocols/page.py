@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from protocols import PROTOCOLS
 from protocols.record import Protocol
+from splitfl.bench.utility_section import section as utility_section
 from splitfl.privacy.disclosure import Crossing
+
+_UTILITY = Path(__file__).resolve().parents[1] / "docs" / "utility.json"  # not part of an installed package
 
 _HEAD = """\
 # Protocols
@@ -20,7 +25,13 @@ and every tensor that its protocol does not list here. [wire.md](wire.md#message
 def page() -> str:
     """The whole page as Markdown."""
     sections = (line for protocol in PROTOCOLS.values() for line in _section(protocol))
-    return "\n".join([_HEAD, *_overview(), *sections])
+    return "\n".join([_HEAD, *_overview(), *sections, *_utility()])
+
+
+def _utility() -> Iterator[str]:
+    """What protection costs, where it has been measured."""
+    if _UTILITY.is_file():
+        yield from utility_section(json.loads(_UTILITY.read_text(encoding="utf-8")))
 
 
 def _overview() -> Iterator[str]:

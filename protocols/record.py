@@ -22,6 +22,8 @@ class Protocol:
     """Whether the party tunes layers below the cut, so that what is sent of a row changes from step to step."""
     sends_once: bool = False
     """Whether each row is sent once, and the trunk's reply is kept by the party for all epochs."""
+    offline: bool = False
+    """Whether the party trains without a session, on an emulator of the trunk."""
     quantise: Literal["none", "int8", "int4"] = "none"
     """Coding of what the party sends, unless the run chooses another."""
     decorrelate: float = 0.0

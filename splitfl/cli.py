@@ -22,6 +22,7 @@ from splitfl.config import (
     ServeSettings,
     TuneSettings,
 )
+from splitfl.config_offsite import EmulatorSettings
 from splitfl.config_privacy import LedgerBudget, LedgerExport, LedgerShow
 from splitfl.options import command, run_app
 from splitfl.quiet import silence_library_warnings
@@ -106,6 +107,12 @@ def _kit(settings: KitSettings) -> None:
     make_kit(settings)
 
 
+def _emulator(settings: EmulatorSettings) -> int:
+    from model_owner.emulate import make_emulator
+
+    return make_emulator(settings)
+
+
 def _serve(settings: ServeSettings) -> None:
     from model_owner.serve import serve
 
@@ -156,6 +163,7 @@ command(ledger, LedgerShow, "show", _ledger_show)
 command(ledger, LedgerBudget, "budget", _ledger_budget)
 command(ledger, LedgerExport, "export", _ledger_export)
 command(app, KitSettings, "kit", _kit)
+command(app, EmulatorSettings, "emulator", _emulator)
 command(app, ServeSettings, "serve", _serve)
 command(app, TuneSettings, "tune", _tune)
 command(app, EvaluateSettings, "evaluate", _evaluate)

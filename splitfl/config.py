@@ -37,7 +37,7 @@ from splitfl.config_common import (
     Timeout,
     Truncation,
 )
-from splitfl.config_privacy import ProtectionSettings
+from splitfl.config_privacy import OFFLINE_PROTOCOL, ProtectionSettings
 from splitfl.errors import UsageError
 from splitfl.options import Panel, Settings, above, at_least, between, fields_of
 from splitfl.options.values import (
@@ -146,9 +146,10 @@ class TuneSettings(ProtectionSettings):
     out: Annotated[Path, "Run directory to write."]
     resume: Annotated[bool, "Continue from the last checkpoint in the run directory."] = False
     protocol: Annotated[str, "Which design to run: what crosses, under which mechanism."] = "split"
+    emulator: Annotated[Path | None, "Emulator directory, for guarded-offline, which needs no owner."] = None
     json: JsonFile = None
 
-    owner: Annotated[str, "Address of the owner, tcp://HOST:PORT.", REMOTE, LINK]
+    owner: Annotated[str | None, "Address of the owner, tcp://HOST:PORT.", REMOTE, LINK] = None
     owner_key: Annotated[Path | None, "The owner's public key (NAME.key).", LINK] = None
     key: Annotated[Path | None, "Your own secret key (NAME.key_secret).", LINK] = None
     insecure_loopback: Annotated[bool, "No encryption and no keys; on a loopback address only.", LINK] = False
@@ -208,7 +209,9 @@ class TuneSettings(ProtectionSettings):
 
     def check(self) -> None:
         """Refuse an open channel beyond loopback, zero steps, and unknown training arguments."""
-        _check_link(self.insecure_loopback, self.owner, {"--owner-key": self.owner_key, "--key": self.key})
+        self.check_route(self.protocol, self.emulator)
+        if self.protocol != OFFLINE_PROTOCOL:
+            _check_link(self.insecure_loopback, self.owner, {"--owner-key": self.owner_key, "--key": self.key})
         self.column_map()
         self.check_protection()
         if self.hide_lengths and (self.padding_side != "right" or self.max_length is None):
@@ -271,6 +274,7 @@ class WithRun(Settings):
     run: Annotated[Path, "Run directory; it remembers kit, owner and keys."]
     json: JsonFile = None
     kit: Annotated[Path | None, "Kit directory. Default: as in the run."] = None
+    emulator: Annotated[Path | None, "Emulator of an offline run. Default: as in the run."] = None
     owner: Annotated[str | None, "Address of the owner. Default: as in the run.", REMOTE, LINK] = None
     owner_key: Annotated[Path | None, "The owner's public key. Default: as in the run.", LINK] = None
     key: Annotated[Path | None, "Your own secret key. Default: as in the run.", LINK] = None
@@ -371,7 +375,9 @@ class BenchSettings(UtilitySettings):
     json: JsonFile = None
 
 
-def _check_link(insecure: bool, address: str, keys: dict[str, Path | None]) -> None:
+def _check_link(insecure: bool, address: str | None, keys: dict[str, Path | None]) -> None:
+    if address is None:
+        raise UsageError("Missing option --owner.", expected="the address that the owner's `splitfl serve` printed")
     if insecure and not on_loopback(address):
         raise UsageError(
             f"--insecure-loopback was given, but {address} is not a loopback address.",

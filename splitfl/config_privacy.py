@@ -18,7 +18,9 @@ from splitfl.options import Panel, Settings, above, at_least
 from splitfl.options.values import parse_pairs
 
 PROTECTION = Panel("What is done before a tensor leaves (see docs/protocols.md)")
+DP_SGD = Panel("Bound on what the adapter reveals: DP-SGD, with protocol guarded-offline (needs the extra dp)")
 LEDGER = Panel("Ledger and checks")
+OFFLINE_PROTOCOL = "guarded-offline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,16 @@ class ProtectionSettings(Settings):
     freeze_bottom: Annotated[bool, "Train the top alone: what is sent of a row never changes.", PROTECTION] = False
     hide_lengths: Annotated[bool, "Pad every row to --max-length and send no mask (causal models).", PROTECTION] = False
 
+    dp_epsilon: Annotated[float | None, "Epsilon of the adapter: how much noise is worked out from it.",
+                          above(0), DP_SGD] = None  # fmt: skip
+    dp_noise_multiplier: Annotated[float | None, "Instead of --dp-epsilon: noise, in units of --dp-clip.",
+                                   above(0), DP_SGD] = None  # fmt: skip
+    dp_delta: Annotated[float | None, "Delta of the adapter, far below one in the number of rows.",
+                        DELTA, DP_SGD] = None  # fmt: skip
+    dp_clip: Annotated[float | None, "Largest norm of a row's (or a person's) gradient; --max-grad-norm is not used.",
+                       above(0), DP_SGD] = None  # fmt: skip
+    dp_freeze_a: Annotated[bool, "Train the second matrix of each LoRA pair alone.", DP_SGD] = False
+
     ledger: Annotated[Path | None, "Ledger file. Default: $SPLITFL_LEDGER, or in the user's data folder.", LEDGER] = (
         None
     )
@@ -87,6 +99,67 @@ class ProtectionSettings(Settings):
             if self.snap:
                 raise UsageError("--snap has no effect without --noise dchi.")
         self._check_channels()
+
+    @property
+    def dp_sgd(self) -> bool:
+        """Whether the adapter is trained with DP-SGD."""
+        return self.dp_epsilon is not None or self.dp_noise_multiplier is not None
+
+    def check_route(self, protocol: str, emulator: Path | None) -> None:
+        """Refuse what belongs to training over the network without it, and the other way round."""
+        given = [name for name in _OF_DP_SGD if getattr(self, name)]
+        if protocol != OFFLINE_PROTOCOL:
+            if emulator is not None:
+                raise UsageError(
+                    f"--emulator with protocol {protocol!r}: it has the owner's trunk in the middle.",
+                    hint=f"add --protocol {OFFLINE_PROTOCOL}, or leave --emulator out",
+                )
+            if given:
+                raise UsageError(
+                    f"{_flag(given[0])} with protocol {protocol!r}: it bounds what the adapter reveals, and says "
+                    "nothing of what is sent of each row while it is trained.",
+                    hint=f"use protocol {OFFLINE_PROTOCOL}; for what is sent there is --noise",
+                )
+            return
+        if emulator is None:
+            raise UsageError(
+                "Missing option --emulator.",
+                expected="an emulator directory, as received from the owner",
+                hint="the owner makes one with `splitfl emulator OUT`",
+            )
+        self._check_nothing_is_sent()
+        if given:
+            self._check_dp_sgd(given[0])
+
+    def _check_nothing_is_sent(self) -> None:
+        """No mechanism has a place where there is nothing that it could be put on."""
+        for name in _ON_WHAT_IS_SENT:
+            value = getattr(self, name)
+            if value not in (None, False, "none"):
+                raise UsageError(
+                    f"{_flag(name)} with protocol {OFFLINE_PROTOCOL!r}: no activation, gradient or label is sent that "
+                    "it could protect. What leaves is the adapter.",
+                    hint=f"leave {_flag(name)} out; for the adapter there is DP-SGD, such as --dp-epsilon 8 "
+                    "--dp-delta 1e-6 --dp-clip 1",
+                )
+
+    def _check_dp_sgd(self, first: str) -> None:
+        if not self.dp_sgd:
+            raise UsageError(
+                f"{_flag(first)} has no effect without --dp-epsilon or --dp-noise-multiplier.", hint="add one of them"
+            )
+        if self.dp_epsilon is not None and self.dp_noise_multiplier is not None:
+            raise UsageError("Of --dp-epsilon and --dp-noise-multiplier, both were given.", expected="one of them")
+        if self.dp_delta is None:
+            raise UsageError(
+                "DP-SGD was asked for without --dp-delta: an epsilon says nothing without it.",
+                hint="for instance --dp-delta 1e-6",
+            )
+        if self.dp_clip is None:
+            raise UsageError(
+                "DP-SGD was asked for without --dp-clip: noise hides nothing of a gradient whose size has no bound.",
+                hint="for instance --dp-clip 1",
+            )
 
     def _check_gauss(self) -> None:
         if self.clip is None:
@@ -141,6 +214,17 @@ class ProtectionSettings(Settings):
                     hint="use --eta alone, or --noise gauss",
                 )
             raise UsageError(f"{flag} has no effect without {needs}.", hint=hint)
+
+
+_ON_WHAT_IS_SENT = (
+    *("noise", "clip", "sigma", "epsilon", "delta", "unit", "releases", "eta", "snap", "quantise", "keep_largest"),
+    *("decorrelate", "gradient_clip", "gradient_sigma", "label_noise", "label_epsilon", "hide_lengths"),
+)
+_OF_DP_SGD = ("dp_epsilon", "dp_noise_multiplier", "dp_delta", "dp_clip", "dp_freeze_a")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)

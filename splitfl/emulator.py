@@ -1,9 +1,9 @@
 """The emulator: a compressed trunk that a data holder may have, to tune on offline (offsite-tuning).
 
 An emulator directory holds some of the trunk's layers under their own names, and `emulator.json`, which says which
-ones, what was done to them, and the hash of every file. With a kit it makes an ordinary model: the kit's bottom and top, the
-emulator's layers where they stood, pass-throughs for the rest. So an adapter tuned on it has the names of the full
-model's modules, and an emulator that keeps every layer *is* the full model, exactly.
+ones, what was done to them, and the hash of every file. With a kit it makes an ordinary model: the kit's bottom and
+top, the emulator's layers where they stood, pass-throughs for the rest. So an adapter tuned on it has the names of the
+full model's modules, and an emulator that keeps every layer *is* the full model, exactly.
 
     emulator.json           the plan
     emulator-*.safetensors  the layers; weights may be stored as codes and scales, or as two factors
@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, TypeAlias, cast
 
 import msgspec
 import torch
@@ -28,15 +30,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from splitfl.compression import factored, quantised, unquantised
-from splitfl.errors import ModelError, UsageError
+from splitfl.compression import Header, compressed, expanded, expanded_shapes, is_compressed
+from splitfl.cut import module_at
+from splitfl.errors import ModelError, UsageError, printable
 from splitfl.kit import DTYPES, Kit
-from splitfl.load import checkpoint_files, is_trunk_tensor, layer_of, load_party_side, tensor_names
+from splitfl.load import (
+    checkpoint_files,
+    is_trunk_tensor,
+    layer_of,
+    load_party_side,
+    model_class,
+    quiet_library,
+    tensor_names,
+)
 
 EMULATOR_FILE = "emulator.json"
 EMULATOR_VERSION = 1
 LARGEST_FILE = 16 << 30  # bytes of one file that a holder accepts
-_CODES, _SCALES, _LEFT, _RIGHT = ".codes", ".scales", ".left", ".right"
+_AGAIN = "get the emulator again"
+LARGEST_PLAN = 1 << 20  # bytes of its plan
+_MOST_LAYERS = 10_000
+_SHOWN = 20  # layers that an error names
+_SHARD = 4 << 30  # bytes of one file before it is compressed
+
+FileHash: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class EmulatorPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,20 +64,21 @@ class EmulatorPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Digest of the kit's plan that it belongs to."""
     trunk: str
     """Fingerprint of the trunk that it was made from."""
-    kept: tuple[int, ...]
+    kept: Annotated[tuple[int, ...], msgspec.Meta(min_length=1, max_length=_MOST_LAYERS)]
     """Layers that are in it, by their numbers in the whole model."""
-    chosen_by: str
-    """How they were chosen: ``uniform`` or ``sensitivity``."""
-    pruned: float = 0.0
+    chosen_by: Literal["uniform", "sensitivity"]
+    """How they were chosen."""
+    pruned: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """Share of each weight matrix that was set to zero, the smallest first."""
-    rank: int | None = None
-    """Rank to which weight matrices were reduced; None if they were not."""
-    bits: int | None = None
+    rank: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Rank to which weight matrices were reduced, where that is fewer values; None if they were not."""
+    bits: Literal[8, 4] | None = None
     """Bits a weight is stored in; None if it is stored as it is."""
-    distilled_steps: int = 0
-    dtype: str
-    parameters: int
-    files: dict[str, str]
+    distilled_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
+    dtype: Literal["float32", "float16", "bfloat16"]
+    parameters: Annotated[int, msgspec.Meta(ge=1)]
+    """Values in the layers, as they are once opened."""
+    files: Annotated[dict[str, FileHash], msgspec.Meta(min_length=1, max_length=_MOST_LAYERS)]
     """File name to BLAKE2b (32 bytes, hexadecimal) of its content."""
 
 
@@ -82,6 +100,9 @@ class Emulator:
             model = load_party_side(
                 folder, kit.plan, dtype=dtype or DTYPES[kit.plan.dtype], config=kit.config, also=self.plan.kept
             )
+        layers = module_at(model.base_model, kit.plan.stack)
+        if not all(bool(p.isfinite().all()) for index in self.plan.kept for p in layers[index].parameters()):
+            raise ModelError(f"{self.path} holds weights that are not finite.", hint="ask the owner for another one")
         model.requires_grad_(False)
         model.config.use_cache = False
         return model.eval()
@@ -106,7 +127,7 @@ def uniform_layers(trunk: range, keep: int) -> tuple[int, ...]:
     check_keep(trunk, keep)
     if keep == 1:
         return (trunk[(len(trunk) - 1) // 2],)
-    # Python rounds halves to even, which could name one layer twice for no keep and M in use; halves go up here.
+    # Halves go up; Python's own rounding would send some up and some down.
     return tuple(trunk[int(i * (len(trunk) - 1) / (keep - 1) + 0.5)] for i in range(keep))
 
 
@@ -133,43 +154,45 @@ def write_emulator(
     """Write the trunk layers `kept` of `model` as an emulator directory; whole, or not at all.
 
     Args:
-        model: has those layers, compressed and distilled as the arguments say; other layers are not looked at.
+        model: has those layers, pruned and distilled as the arguments say; other layers are not looked at.
         kit: the kit it belongs to.
         out: the directory; must not hold anything.
+        rank: matrices are written as two factors of this rank, where that is fewer values.
+        bits: matrices (or their factors) are written in so many bits.
 
     Raises:
-        ModelError: `out` is not empty.
+        ModelError: `out` is not empty, or `model` lacks one of the layers.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ModelError(f"{out} exists and is not empty.", hint="choose another directory")
+    check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         staging = Path(folder) / "emulator"
         staging.mkdir(mode=0o755)
         # The library's own writer gives the tensors the names they have in a checkpoint.
-        model.save_pretrained(Path(folder) / "whole")
-        parameters, names = 0, {}
+        with quiet_library():
+            model.save_pretrained(Path(folder) / "whole", max_shard_size=_SHARD)
+        parameters, found, names = 0, set(), {}
         for number, file in enumerate(checkpoint_files(Path(folder) / "whole")):
-            held = {
-                name: tensor
-                for name, tensor in load_file(file).items()
-                if is_trunk_tensor(name, kit.plan) and layer_of(name, kit.plan) in kept
-            }
+            held = _tensors_of(file, kit, kept)
             parameters += sum(tensor.numel() for tensor in held.values())
+            found |= {layer_of(name, kit.plan) for name in held}
             if held:
                 name = f"emulator-{number:05d}.safetensors"
-                save_file(_stored(held, rank=rank, bits=bits), staging / name)
+                save_file(compressed(held, rank=rank, bits=bits), staging / name)
+                (staging / name).chmod(0o644)
                 names[name] = file_hash(staging / name)
+        if found != set(kept):
+            raise ModelError(f"The model lacks layers {sorted(set(kept) - found)}.", expected=f"layers {list(kept)}")
         plan = EmulatorPlan(
             plan=kit.plan.digest,
             trunk=kit.plan.trunk,
             kept=kept,
-            chosen_by=chosen_by,
+            chosen_by=cast("Literal['uniform', 'sensitivity']", chosen_by),
             pruned=pruned,
             rank=rank,
-            bits=bits,
+            bits=cast("Literal[8, 4] | None", bits),
             distilled_steps=distilled_steps,
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            dtype=cast("Literal['float32']", str(model.dtype).removeprefix("torch.")),
             parameters=parameters,
             files=names,
         )
@@ -180,17 +203,23 @@ def write_emulator(
     return plan
 
 
-def _stored(held: dict[str, torch.Tensor], *, rank: int | None, bits: int | None) -> dict[str, torch.Tensor]:
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in held.items():
-        matrix = tensor.ndim == 2 and tensor.is_floating_point()
-        if matrix and rank is not None and rank < min(tensor.shape):
-            stored[name + _LEFT], stored[name + _RIGHT] = factored(tensor, rank)
-        elif matrix and bits is not None:
-            stored[name + _CODES], stored[name + _SCALES] = quantised(tensor, bits)
-        else:
-            stored[name] = tensor.contiguous()
-    return stored
+def check_out(out: Path) -> None:
+    """Refuse a directory that holds something.
+
+    Raises:
+        ModelError: it does, or is a file.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} exists and is not empty.", hint="choose another directory, or remove this one")
+
+
+def _tensors_of(file: Path, kit: Kit, kept: Container[int | None]) -> dict[str, torch.Tensor]:
+    with safe_open(file, framework="pt") as tensors:
+        return {
+            name: tensors.get_tensor(name)
+            for name in tensors.keys()  # noqa: SIM118  no mapping
+            if is_trunk_tensor(name, kit.plan) and layer_of(name, kit.plan) in kept
+        }
 
 
 def file_hash(path: Path) -> str:
@@ -212,12 +241,17 @@ def open_emulator(path: Path, *, verify: bool = True) -> Emulator:
         verify: compare every file with its hash.
 
     Raises:
-        ModelError: not an emulator, damaged, or of a newer version.
+        ModelError: not an emulator, damaged, too large, or of another version.
     """
-    plan = read_emulator_plan((path / EMULATOR_FILE).read_bytes() if (path / EMULATOR_FILE).is_file() else None, path)
+    file = path / EMULATOR_FILE
+    if file.is_file() and file.stat().st_size > LARGEST_PLAN:
+        raise ModelError(f"{file} has {file.stat().st_size} bytes.", expected=f"at most {LARGEST_PLAN}", hint=_AGAIN)
+    plan = read_emulator_plan(file.read_bytes() if file.is_file() else None, path)
     for name, expected in plan.files.items():
         if not (path / name).is_file():
             raise ModelError(f"{path} lacks {name}.", hint="get the emulator again; what is there is kept")
+        if (path / name).stat().st_size > LARGEST_FILE:
+            raise ModelError(f"{path / name} is too large.", expected=f"at most {LARGEST_FILE} bytes", hint=_AGAIN)
         if verify and file_hash(path / name) != expected:
             raise ModelError(
                 f"{path / name} is not the file that {EMULATOR_FILE} names: it is cut off or altered.",
@@ -238,8 +272,8 @@ def read_emulator_plan(content: bytes | None, path: Path) -> EmulatorPlan:
         )
     try:
         plan = msgspec.json.decode(content, type=EmulatorPlan)
-    except msgspec.MsgspecError as error:
-        raise ModelError(f"{path / EMULATOR_FILE} cannot be read: {error}.", hint="get the emulator again") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path / EMULATOR_FILE} cannot be read: {printable(str(error))}.", hint=_AGAIN) from error
     if plan.emulator_version != EMULATOR_VERSION:
         raise ModelError(
             f"{path} is an emulator of version {plan.emulator_version}.",
@@ -265,65 +299,98 @@ def check_belongs(plan: EmulatorPlan, kit: Kit) -> None:
     """
     if (plan.plan, plan.trunk) != (kit.plan.digest, kit.plan.trunk):
         raise ModelError(
-            f"The emulator belongs to plan {plan.plan} (trunk {plan.trunk}).",
+            f"The emulator belongs to plan {printable(plan.plan, 64)} (trunk {printable(plan.trunk, 64)}).",
             expected=f"plan {kit.plan.digest} (trunk {kit.plan.trunk}), that of the kit {kit.path}",
             hint="use the kit that the emulator was made for",
         )
     foreign = [index for index in plan.kept if index not in kit.plan.trunk_layers]
     if foreign or not plan.kept or list(plan.kept) != sorted(set(plan.kept)):
-        raise ModelError(f"The emulator names layers {list(plan.kept)}.", expected=f"some of {kit.plan.trunk_layers}")
+        trunk = kit.plan.trunk_layers
+        raise ModelError(
+            f"The emulator names layers {list(plan.kept[:_SHOWN])}.",
+            expected=f"some of {trunk.start} to {trunk.stop - 1}, each once and in order",
+            hint=_AGAIN,
+        )
 
 
 @contextmanager
 def _joined(kit: Kit, emulator: Emulator) -> Iterator[Path]:
     """A folder that looks like one checkpoint of kit and emulator; nothing of the kit is copied."""
+    plain_names = _check_files(kit, emulator)
     with tempfile.TemporaryDirectory(prefix="splitfl-emulator-") as name:
         folder = Path(name)
         weight_map: dict[str, str] = {}
         for tensor, file in tensor_names(kit.path).items():
+            if is_trunk_tensor(tensor, kit.plan):
+                continue  # a whole model in the kit's place
             weight_map[tensor] = f"model-kit-{file.name}"
             if not (folder / weight_map[tensor]).exists():
                 (folder / weight_map[tensor]).symlink_to(file.absolute())
-        for file_name in emulator.plan.files:
+        for file_name, tensors in plain_names.items():
             plain = _plain_file(emulator.path / file_name, folder)
-            with safe_open(plain, framework="pt") as tensors:
-                for tensor in tensors.keys():  # noqa: SIM118  no mapping
-                    _check_kept(tensor, kit, emulator)
-                    weight_map[tensor] = plain.name
+            weight_map.update(dict.fromkeys(tensors, plain.name))
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         (folder / "config.json").symlink_to((kit.path / "config.json").absolute())
         yield folder
 
 
-def _check_kept(tensor: str, kit: Kit, emulator: Emulator) -> None:
-    if not is_trunk_tensor(tensor, kit.plan) or layer_of(tensor, kit.plan) not in emulator.plan.kept:
+def _check_files(kit: Kit, emulator: Emulator) -> dict[str, list[str]]:
+    """Each file's tensors, once opened, from headers alone: only those of the layers kept, each once, and all of them.
+
+    Two small factors can stand for a matrix of any size, so the sum of all sizes is compared before any is made.
+    """
+    plan, seen, values = emulator.plan, set[str](), 0
+    names: dict[str, list[str]] = {}
+    for file_name in plan.files:
+        shapes = expanded_shapes(_headers(emulator.path / file_name))
+        names[file_name] = list(shapes)
+        foreign = [name for name in shapes if name in seen or not _is_kept(name, kit, plan)]
+        if foreign:
+            raise ModelError(
+                f"{emulator.path / file_name} holds {printable(foreign[0], 120)}, which is not of the layers that the "
+                "plan names, or there twice.",
+                expected=f"layers {list(plan.kept[:_SHOWN])}, each tensor once",
+                hint=_AGAIN,
+            )
+        seen.update(shapes)
+        values += sum(math.prod(shape) for shape in shapes.values())
+    expected = _values_in(kit, plan.kept)
+    if not values == plan.parameters == expected:
         raise ModelError(
-            f"{emulator.path} holds a tensor of another layer than it says.",
-            expected=f"layers {list(emulator.plan.kept)}",
-            hint="get the emulator again",
+            f"The files of {emulator.path} hold {values} values, and its plan says {plan.parameters}.",
+            expected=f"{expected}, as many as {len(plan.kept)} layers of this model have",
+            hint=_AGAIN,
         )
+    return names
+
+
+def _headers(file: Path) -> dict[str, Header]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
+            return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read.", hint="remove this one file and get the emulator again") from error
+
+
+def _is_kept(tensor: str, kit: Kit, plan: EmulatorPlan) -> bool:
+    return is_trunk_tensor(tensor, kit.plan) and layer_of(tensor, kit.plan) in plan.kept
+
+
+def _values_in(kit: Kit, kept: tuple[int, ...]) -> int:
+    """Values that these layers have, by the model's class; nothing is loaded."""
+    config = kit.config
+    with torch.device("meta"), quiet_library():
+        layers = module_at(model_class(config, kit.plan.task)(config).base_model, kit.plan.stack)
+    return sum(tensor.numel() for index in kept for tensor in layers[index].state_dict().values())
 
 
 def _plain_file(file: Path, folder: Path) -> Path:
     """`file` with its weights as matrices, in `folder`: as it is where nothing was coded."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-        target = folder / f"model-{file.name}"
-        if not any(name.endswith((_CODES, _LEFT)) for name in names):
-            target.symlink_to(file.absolute())
-            return target
-        held = load_file(file)
-    except SafetensorError as error:
-        raise ModelError(f"{file} cannot be read.", hint="remove this one file and get the emulator again") from error
-    plain: dict[str, torch.Tensor] = {}
-    for name, tensor in held.items():
-        if name.endswith(_CODES):
-            plain[name.removesuffix(_CODES)] = unquantised(tensor, held[name.removesuffix(_CODES) + _SCALES])
-        elif name.endswith(_LEFT):
-            plain[name.removesuffix(_LEFT)] = tensor @ held[name.removesuffix(_LEFT) + _RIGHT]
-        elif not name.endswith((_SCALES, _RIGHT)):
-            plain[name] = tensor
-    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, target)
+    target = folder / f"model-{file.name}"
+    if not is_compressed(_headers(file)):
+        target.symlink_to(file.absolute())
+    else:
+        save_file(expanded(load_file(file)), target)
     return target

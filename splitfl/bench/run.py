@@ -18,6 +18,7 @@ from splitfl.bench.cases import Case, plan_cases
 from splitfl.bench.course import Course
 from splitfl.bench.split import measure, open_sides, prepare, prepare_keys
 from splitfl.bench.table import by_case, has_speed, print_table
+from splitfl.bench.utility import bench_utility
 from splitfl.config import BenchSettings
 from splitfl.errors import DataError, InternalError, UsageError, nearest, printable
 from splitfl.metrics import Result, machine, write_results
@@ -32,7 +33,7 @@ def bench(settings: BenchSettings) -> None:
         UsageError: no such benchmark, or settings that do not fit.
         InternalError: the two sides of a case did not compute the same; its speed was not printed.
     """
-    benchmarks: dict[str, Callable[[BenchSettings], None]] = {"split": bench_split}
+    benchmarks: dict[str, Callable[[BenchSettings], None]] = {"split": bench_split, "utility": bench_utility}
     if settings.name not in benchmarks:
         raise UsageError(
             f"There is no benchmark {printable(settings.name, 40)!r}.", hint=nearest(settings.name, benchmarks)

@@ -138,6 +138,8 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     """An idle session or cache is dropped after so many seconds."""
     server: str
     """Version of the owner's splitfl."""
+    compute: DtypeName = "float32"
+    """What the trunk computes in, as the owner says."""
 
 
 class ForwardDone(Message, frozen=True, kw_only=True, tag="forward_done"):

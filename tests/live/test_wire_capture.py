@@ -35,7 +35,7 @@ FIELDS = {
     "backward": COMMON | {"step"},
     "release": COMMON | {"caches", "steps"},
     "bye": COMMON,
-    "welcome": COMMON | {"version", "max_tokens", "max_length", "memory", "lease_s", "server"},
+    "welcome": COMMON | {"version", "max_tokens", "max_length", "memory", "lease_s", "server", "compute"},
     "forward_done": COMMON | {"step"},
     "backward_done": COMMON | {"step"},
     "closed": COMMON,

@@ -1,0 +1,89 @@
+"""Settings of the commands of offsite-tuning: the emulator that an owner makes for tuning away from the trunk.
+
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from splitfl.config_common import NOT_EMPTY, ROWS, Device, Dtype, JsonFile, MaxLength, Threads
+from splitfl.errors import UsageError
+from splitfl.options import Check, Panel, Settings, above, at_least
+
+CUT = Panel("The cut, where there is no kit yet")
+SMALLER = Panel("Smaller weights")
+DISTIL = Panel("Distillation")
+_SHARE = Check(test=lambda share: 0 <= share < 1, expected="0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmulatorSettings(Settings):
+    """Make an emulator: some layers of the trunk, perhaps distilled and compressed, for a data holder to tune on."""
+
+    out: Annotated[Path, typer.Argument(help="Directory to write the emulator to.")]
+    model: Annotated[str, "Model directory.", NOT_EMPTY]
+    keep: Annotated[int, "Layers of the trunk that the emulator keeps.", at_least(1)]
+    kit: Annotated[Path | None, "The kit that the data holder has or will have; else give --bottom and --top."] = None
+    choose: Annotated[
+        Literal["uniform", "sensitivity"],
+        "Which layers: at even distances, or those whose absence harms the loss on --text most.",
+    ] = "uniform"
+    resume: Annotated[bool, "Continue a distillation that was interrupted."] = False
+    json: JsonFile = None
+
+    bottom: Annotated[int | None, "Layers that the party holds below the cut.", at_least(0), CUT] = None
+    top: Annotated[int | None, "Layers that the party holds above the cut.", at_least(0), CUT] = None
+    task: Annotated[Literal["causal-lm", "sequence-classification"] | None, "As for `splitfl kit`.", CUT] = None
+    dtype: Annotated[Dtype, "As for `splitfl kit`: type of the weights; auto is the checkpoint's.", CUT] = "auto"
+
+    prune: Annotated[float, "Share of each weight matrix that is set to zero, the smallest first.", _SHARE, SMALLER] = (
+        0.0
+    )
+    rank: Annotated[int | None, "Rank that weight matrices are reduced to.", at_least(1), SMALLER] = None
+    bits: Annotated[Literal["8", "4"] | None, "Bits that a weight is stored in. Needs the extra quantise.", SMALLER] = (
+        None
+    )
+
+    text: Annotated[Path | None, "Public text, to distil on and to measure with. Never a party's rows.", ROWS] = None
+    eval: Annotated[Path | None, "Held-out public text. Default: every tenth example of --text.", ROWS] = None
+    max_length: MaxLength = None
+
+    distil_steps: Annotated[int, "Steps of distillation; 0 leaves the layers as they are.", at_least(0), DISTIL] = 0
+    learning_rate: Annotated[float, "Peak learning rate.", above(0), DISTIL] = 1e-4
+    batch_size: Annotated[int, "Examples in one batch.", at_least(1), DISTIL] = 8
+    eval_steps: Annotated[int, "Steps between two measurements on held-out text.", at_least(1), DISTIL] = 50
+    save_steps: Annotated[int, "Steps between two checkpoints.", at_least(1), DISTIL] = 50
+    logging_steps: Annotated[int, "Steps between two records of the loss.", at_least(1), DISTIL] = 10
+    seed: Annotated[int, "Seed of the order of the text.", at_least(0), DISTIL] = 0
+    device: Device = "cpu"
+    threads: Threads = None
+
+    def check(self) -> None:
+        """Refuse two cuts or none, and options that need a text without one."""
+        own = (self.bottom, self.top)
+        if self.kit is None and None in own:
+            raise UsageError("Neither a kit nor a cut was given.", expected="--kit, or both --bottom and --top")
+        if self.kit is not None and (*own, self.task) != (None, None, None):
+            raise UsageError("--kit says where the model is cut and for what.", hint="leave the options of the cut out")
+        if self.kit is not None and self.dtype != "auto":
+            raise UsageError("--kit says which type the weights have.", hint="leave --dtype out")
+        for option, asked in (
+            ("--distil-steps", self.distil_steps > 0),
+            ("--choose sensitivity", self.choose == "sensitivity"),
+            ("--eval", self.eval is not None),
+        ):
+            if asked and self.text is None:
+                raise UsageError(f"{option} needs a public text.", hint="name a file with --text")
+        if self.resume and not self.distil_steps:
+            raise UsageError("--resume continues a distillation, and none was asked for.", expected="--distil-steps")
+        if self.choose == "sensitivity" and self.keep < 2:
+            raise UsageError(
+                "--choose sensitivity always keeps the first and the last layer of the trunk, and --keep is 1.",
+                expected="--keep 2 or more",
+                hint="with --choose uniform one layer is kept from the middle",
+            )
