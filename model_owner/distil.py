@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from model_owner.distil_progress import DistilProgress, StopRequest, complete, newest_checkpoint
 from model_owner.student import KD_WEIGHT, Batch, Figures, Pair, measure, relative_error
@@ -159,7 +159,7 @@ def distil(
         )
         try:
             with stop.watching():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.go_on(checkpoint)
             interrupted = stop.asked and trainer.state.global_step < options.max_steps and not trainer.diverged
             if not interrupted and trainer.diverged is None and trainer.measured_at != trainer.state.global_step:
                 trainer.evaluate()
@@ -215,6 +215,17 @@ class DistilTrainer(Trainer):
         self.measured_at: int | None = None
         """Step of the last held-out measurement."""
         self.remove_callback(PrinterCallback)
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train from `checkpoint`, or from the start. One of the last step is only read: the loop would add a step."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                self.measured_at = max((one["step"] for one in state.log_history if "eval_loss" in one), default=None)
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

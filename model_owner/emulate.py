@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from splitfl.data import Collator, Example, fingerprint, load_rows, tokenise
 from splitfl.emulator import Emulator, check_out, open_emulator, uniform_layers, write_emulator
 from splitfl.errors import INTERRUPTED_EXIT_CODE, DataError, ModelError, ResourceError, UsageError
 from splitfl.files import replace_text
-from splitfl.kit import DTYPES, Kit, make_plan, open_kit
+from splitfl.kit import DTYPES, Kit, open_kit, write_kit
 from splitfl.load import fingerprint_trunk, load_config, load_party_side
 from splitfl.metrics import write_results
 
@@ -85,12 +86,16 @@ def make_emulator(settings: EmulatorSettings) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     check_out(settings.out)
-    kit = _kit(settings)
-    _refuse_all_or_nothing(kit, settings.keep)
     if settings.bits is not None:
         check_extra()
     record = _Record(settings.out.with_name(settings.out.name + ".distil"))
     record.check(settings)
+    with _kit(settings) as kit:
+        return _make(settings, kit, record)
+
+
+def _make(settings: EmulatorSettings, kit: Kit, record: _Record) -> int:
+    _refuse_all_or_nothing(kit, settings.keep)
     text = None if settings.text is None else _read_text(settings, kit)
     model = _load(settings, kit)
     making = _choose(settings, kit, model, text, record)
@@ -106,24 +111,39 @@ def make_emulator(settings: EmulatorSettings) -> int:
 # ---- what is asked
 
 
-def _kit(settings: EmulatorSettings) -> Kit:
-    """The kit, or one that only has the plan it would have; either way of this very model."""
+@contextmanager
+def _kit(settings: EmulatorSettings) -> Iterator[Kit]:
+    """The kit, or the one that this cut would give, for as long as the block runs; either way of this very model."""
     folder = Path(settings.model)
-    if settings.kit is None:
-        bottom, top = cast("int", settings.bottom), cast("int", settings.top)
-        task = settings.task or "causal-lm"
-        return Kit(path=folder, plan=make_plan(folder, bottom=bottom, top=top, task=task, dtype=settings.dtype))
-    kit = open_kit(settings.kit)
+    if settings.kit is not None:
+        yield _kit_of(folder, settings.kit)
+        return
+    bottom, top = cast("int", settings.bottom), cast("int", settings.top)
+    with tempfile.TemporaryDirectory(prefix="splitfl-kit-") as made:
+        write_kit(
+            folder, Path(made), bottom=bottom, top=top, task=settings.task or "causal-lm", dtype=settings.dtype,
+            overwrite=True,
+        )  # fmt: skip
+        yield open_kit(Path(made))
+
+
+def _kit_of(folder: Path, path: Path) -> Kit:
+    """The kit at `path`, if it was cut from the model in `folder`.
+
+    Raises:
+        ModelError: it was not.
+    """
+    kit = open_kit(path)
     config = load_config(folder)
     if config.model_type != kit.plan.model_type:
         raise ModelError(
-            f"The kit {settings.kit} was cut from a {kit.plan.model_type} model, {folder} holds a {config.model_type}.",
+            f"The kit {path} was cut from a {kit.plan.model_type} model, {folder} holds a {config.model_type}.",
             hint="give the model that the kit was written from, or write the kit again",
         )
     found = fingerprint_trunk(folder, kit.plan)
     if found != kit.plan.trunk:
         raise ModelError(
-            f"The kit {settings.kit} was cut from trunk {kit.plan.trunk}, the model {folder} has trunk {found}.",
+            f"The kit {path} was cut from trunk {kit.plan.trunk}, the model {folder} has trunk {found}.",
             hint="give the model that the kit was written from, or write the kit again",
         )
     return kit
@@ -357,8 +377,6 @@ def _checked(making: Making) -> Emulator:
     """The emulator as a data holder finds it, measured once more."""
     kit, pair, text = making.kit, making.pair, making.text
     emulator = open_emulator(making.settings.out)
-    if making.settings.kit is None and kit.plan.task != "causal-lm":
-        return emulator  # a classifier's head is in the kit, and there is none yet
     opened = emulator.load(kit, torch.float32 if text is not None else None)
     if text is not None:
         pair.model.float()

@@ -321,8 +321,10 @@ def _joined(kit: Kit, emulator: Emulator) -> Iterator[Path]:
         folder = Path(name)
         weight_map: dict[str, str] = {}
         for tensor, file in tensor_names(kit.path).items():
-            if is_trunk_tensor(tensor, kit.plan):
-                continue  # a whole model in the kit's place
+            if is_trunk_tensor(tensor, kit.plan):  # it would be loaded in the emulator's place
+                raise ModelError(
+                    f"The kit {kit.path} holds tensors of the trunk.", expected="a kit written by `splitfl kit`"
+                )
             weight_map[tensor] = f"model-kit-{file.name}"
             if not (folder / weight_map[tensor]).exists():
                 (folder / weight_map[tensor]).symlink_to(file.absolute())

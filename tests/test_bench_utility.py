@@ -489,6 +489,8 @@ def test_the_section_says_which_rows_are_formal_and_finds_where_the_gain_ends(pa
     # Of the reference's 0.31: 0.30 without noise, 0.2875 at 64, 0.275 at 32, 0.20 at 8.
     assert "the gain kept is 0.97; noise keeps at least 0.9 down to r/sigma 64," in finding
     assert finding.endswith("at r/sigma 8 it is 0.65.")
+    assert 0.999 < recovery(8.0, 30_522) < 1
+    assert "the formula expects at least 99.9 % of tokens to be named from one release." in text, "never rounded up"
     assert "Those of *tweets* do not" in text
     assert "fewer than" not in text
     record["rows"][4]["seeds"] = 2

@@ -24,7 +24,7 @@ from splitfl.emulator import (
     write_emulator,
 )
 from splitfl.errors import ModelError, UsageError
-from splitfl.kit import open_kit, write_kit
+from splitfl.kit import Kit, open_kit, write_kit
 from tests.families import CAUSAL, ENCODERS, VOCAB, make_config, make_model, save_model
 from tests.live.models import whole_model
 from tests.shallow import without_layers
@@ -440,3 +440,12 @@ def test_a_wrong_number_of_parameters_is_refused(stored):
     rewrite_plan(folder, parameters=5)
     with pytest.raises(ModelError, match="its plan says 5"):
         open_emulator(folder).load(kit)
+
+
+def test_a_whole_model_in_the_kits_place_is_refused(made, stored):
+    folder, kit = stored
+    full, _ = made("llama")
+    whole = folder.parent / "whole"
+    full.save_pretrained(whole)
+    with pytest.raises(ModelError, match="tensors of the trunk"):
+        open_emulator(folder).load(Kit(path=whole, plan=kit.plan))

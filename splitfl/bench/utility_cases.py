@@ -88,7 +88,7 @@ TASKS: dict[str, Task] = {
             metric="held-out accuracy",
         ),
         Task(
-            name="tweets", title="tweets: hate, offensive or neither", model="minilm", kind="sequence-classification",
+            name="tweets", title="hate, offensive or neither", model="minilm", kind="sequence-classification",
             classes=3, shared="hate_offensive_davidson", shipped=None,
             rows=(480, 240), bottom=1, top=2, max_length=32, batch=8, steps=80, learning_rate=1.5e-3,
             metric="held-out macro_f1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -146,6 +147,12 @@ def _findings(tasks: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
             mine = [row for row in rows if (row.task, row.design) == (task, design)]
             if mine:
                 yield f"- *{task}*, `{design}`: {_finding(mine)}"
+    named = [row.once for row in rows if row.once is not None and not row.formal]
+    if named:
+        yield (
+            f"\nAt every size of noise that was tried but the formal one, the formula expects at least "
+            f"{math.floor(1000 * min(named)) / 10:g} % of tokens to be named from one release."
+        )
     most = max(row.seeds for row in rows)
     if fewer := sum(row.seeds < most for row in rows):
         yield f"\n{fewer} of the {len(rows)} settings have been run with fewer than {_seeds(most)}."

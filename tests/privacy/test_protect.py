@@ -103,7 +103,7 @@ def test_what_is_trained(plan):
     assert planned(plan).trains_bottom
     assert not planned(plan, freeze_bottom=True).trains_bottom
     assert not planned(plan, GUARDED_GRADFREE).trains_bottom
-    assert planned(plan, GUARDED_ONLINE).decorrelate == 1.0
+    assert planned(plan, GUARDED_ONLINE).decorrelate == 0.01
     assert planned(plan, GUARDED_ONLINE, decorrelate=0.25).decorrelate == 0.25
     assert planned(plan, GUARDED_ONLINE, freeze_bottom=True).decorrelate == 0.0
     assert planned(plan, decorrelate=2.0).decorrelate == 2.0, "split takes every mechanism"
