@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -86,7 +87,20 @@ def prepare(settings: TuneSettings, kit: Kit, longest: int, rows: int = 1) -> Pr
     protection = plan_protection(settings, kit.plan, protocol, sigma=sigma, table=table, classes=classes)
     claim = _claim(settings, kit, protection, releases)
     preview = _preview(settings, kit, protection, claim, longest)
-    return Preparation(protocol=protocol, protection=protection, claim=claim, preview=tuple(preview))
+    return Preparation(protocol=protocol, protection=protection, claim=_tenable(claim), preview=tuple(preview))
+
+
+def _tenable(claim: calibration.Claim) -> calibration.Claim:
+    """The claim, or an empirical one where its bound says next to nothing: such a run is not one with a bound."""
+    if not claim.formal or calibration.verdict(claim) is None:
+        return claim
+    return dataclasses.replace(
+        claim,
+        epsilon_one=None,
+        epsilon_all=None,
+        formal=False,
+        because=f"its bound would say almost nothing ({claim.bound(claim.releases_planned)})",
+    )
 
 
 def planned_releases(settings: TuneSettings, rows: int) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 import torch
 
 from model_owner.trunk import LocalLink, Trunk
 from party.bookkeeping import Book, DataSet
+from party.opening import prepare
 from party.protect import BatchRows, Guard, Protection, RowTracker, coder, numbered, plan_protection
 from protocols import GUARDED_GRADFREE, GUARDED_ONLINE, SPLIT
+from splitfl.config import TuneSettings
 from splitfl.config_privacy import ProtectionSettings
 from splitfl.errors import UsageError
 from splitfl.kit import open_kit
@@ -26,11 +30,21 @@ NOISE = {"noise": "gauss", "clip": 20.0, "sigma": SIGMA}
 
 
 @pytest.fixture(scope="module")
-def trunk(tmp_path_factory):
+def cut_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model = save_tiny("llama", folder / "model")
-    plan = open_kit(make_kit(model, folder / "kit")).plan
-    return Trunk(load_trunk_side(model, plan, dtype=torch.float32), plan)
+    return model, open_kit(make_kit(model, folder / "kit"))
+
+
+@pytest.fixture
+def cut_kit(cut_model):
+    return cut_model[1]
+
+
+@pytest.fixture(scope="module")
+def trunk(cut_model):
+    model, kit = cut_model
+    return Trunk(load_trunk_side(model, kit.plan, dtype=torch.float32), kit.plan)
 
 
 @pytest.fixture
@@ -64,7 +78,7 @@ def planned(plan, protocol=SPLIT, **settings):
         (GUARDED_ONLINE, {}, Quantise(bits=8), Quantise(bits=8), ("int8", "int8")),
         (GUARDED_ONLINE, {"quantise": "none"}, None, None, ("raw", "raw")),
         (GUARDED_ONLINE, {"keep_largest": 3}, TopK(kept=3), TopK(kept=3), ("topk", "topk")),
-        (GUARDED_ONLINE, NOISE, Gauss(clip=20.0, sigma=SIGMA), None, ("grid16", "raw")),
+        (GUARDED_ONLINE, NOISE, Gauss(clip=20.0, sigma=SIGMA), Quantise(bits=8), ("grid16", "int8")),
         (GUARDED_GRADFREE, {}, None, None, ("raw", "raw")),
         (GUARDED_GRADFREE, {"quantise": "int8"}, Quantise(bits=8), None, ("int8", "raw")),
         (GUARDED_GRADFREE, NOISE, Gauss(clip=20.0, sigma=SIGMA), None, ("grid16", "raw")),
@@ -316,3 +330,17 @@ def test_row_numbers_are_taken_out_of_a_batch_and_told(trunk):
     assert (guard.batch.dataset, guard.batch.rows) == ("e5" * 32, (0,))
     tracker.training({"input_ids": torch.ones(1, 3)})
     assert guard.batch is None, "rows of a batch before would be booked for this one"
+
+
+@pytest.mark.parametrize(("sigma", "formal"), [(400.0, True), (1.0, False)])
+def test_a_bound_that_says_next_to_nothing_is_not_claimed(cut_kit, sigma, formal):
+    """The preview shows it, with the verdict; what the run states of itself afterwards is empirical."""
+    settings = TuneSettings(
+        kit=cut_kit.path, out=Path("unused"), owner="tcp://127.0.0.1:1", insecure_loopback=True, train=Path("unused"),
+        protocol="guarded-gradfree", noise="gauss", clip=40.0, sigma=sigma,
+    )  # fmt: skip
+    found = prepare(settings, cut_kit, longest=32)
+    assert found.claim.formal == formal
+    assert found.claim.sentence().startswith("empirical: ") == (not formal)
+    assert "delta 1e-06" in found.claim.sentence()
+    assert ("verdict" in dict(found.preview)) == (not formal)
