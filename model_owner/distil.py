@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from model_owner.distil_progress import DistilProgress, StopRequest, complete, newest_checkpoint
-from model_owner.student import KD_WEIGHT, Batch, Figures, Pair, measure, relative_error
+from model_owner.student import KD_WEIGHT, Batch, Pair, measure, relative_error
 from splitfl.data import Collator, Example
 from splitfl.errors import ModelError
 from splitfl.metrics import RunLog
@@ -248,7 +248,7 @@ class DistilTrainer(Trainer):
         if not before and not math.isfinite(figures.loss):
             raise ModelError("The emulator's loss is no finite number before distillation has begun.")
         if figures.loss < min(before, default=math.inf):
-            _save_best(student, self.folder, step, figures)
+            _save_best(student, self.folder, step)
         metrics = {"eval_loss": figures.loss, "eval_kd": figures.kd}
         self.log(metrics)  # into the state, so that a checkpoint remembers the history
         self.measured_at = step
@@ -271,10 +271,10 @@ class DistilTrainer(Trainer):
             raise
 
 
-def _save_best(student: Student, folder: Path, step: int, figures: Figures) -> None:
+def _save_best(student: Student, folder: Path, step: int) -> None:
     unfinished = folder / ".best.safetensors"
     tensors = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
-    save_file(tensors, unfinished, metadata={"step": str(step), "loss": repr(figures.loss)})
+    save_file(tensors, unfinished, metadata={"step": str(step)})  # of one entry: their order varies
     os.replace(unfinished, folder / "best.safetensors")
 
 

@@ -23,21 +23,18 @@ from transformers.pytorch_utils import Conv1D
 from model_owner.distil import DistilOptions, Outcome, distil
 from model_owner.distil_progress import write_curve
 from model_owner.emulate_report import print_emulator, print_sensitivity, results
+from model_owner.emulate_text import Text, read_text
 from model_owner.sensitivity import Sensitivity, measure_sensitivity, most_missed
-from model_owner.student import Figures, Pair, copied, measure
+from model_owner.student import Figures, Pair, copied
 from splitfl.compression import check_extra, compressed, expanded, prune_smallest
 from splitfl.config_offsite import EmulatorSettings
 from splitfl.cut import module_at
-from splitfl.data import Collator, Example, fingerprint, load_rows, tokenise
 from splitfl.emulator import Emulator, check_out, open_emulator, uniform_layers, write_emulator
-from splitfl.errors import INTERRUPTED_EXIT_CODE, DataError, ModelError, ResourceError, UsageError
+from splitfl.errors import INTERRUPTED_EXIT_CODE, ModelError, ResourceError, UsageError
 from splitfl.files import replace_text
 from splitfl.kit import DTYPES, Kit, open_kit, write_kit
 from splitfl.load import fingerprint_trunk, load_config, load_party_side
 from splitfl.metrics import write_results
-
-_BLOCK = 512  # tokens of an example, where the model allows more and --max-length says nothing
-_EVERY = 10  # one example in so many is held out
 
 
 @dataclass(kw_only=True)
@@ -58,20 +55,6 @@ class Making:
         """Note what the student is worth now."""
         if self.text is not None:
             self.stages[stage] = self.text.measure(self.pair, self.settings.batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Public text as token ids."""
-
-    train: list[Example]
-    held_out: list[Example]
-    collator: Collator
-    fingerprint: str
-
-    def measure(self, pair: Pair, batch_size: int) -> Figures:
-        """A pair's student on what is held out."""
-        return measure(pair, self.held_out, self.collator, batch_size=batch_size)
 
 
 def make_emulator(settings: EmulatorSettings) -> int:
@@ -96,7 +79,7 @@ def make_emulator(settings: EmulatorSettings) -> int:
 
 def _make(settings: EmulatorSettings, kit: Kit, record: _Record) -> int:
     _refuse_all_or_nothing(kit, settings.keep)
-    text = None if settings.text is None else _read_text(settings, kit)
+    text = None if settings.text is None else read_text(settings, kit)
     model = _load(settings, kit)
     making = _choose(settings, kit, model, text, record)
     if settings.distil_steps and not _distil(making, record):
@@ -220,45 +203,7 @@ class _Record:
             )
 
 
-# ---- text and model
-
-
-def _read_text(settings: EmulatorSettings, kit: Kit) -> Text:
-    limit = kit.plan.max_length
-    if settings.max_length and limit and settings.max_length > limit:
-        raise UsageError(
-            f"--max-length is {settings.max_length}, but the model's positions end at {limit}.",
-            expected=f"at most {limit}",
-        )
-    length = settings.max_length or min(limit or _BLOCK, _BLOCK)
-    tokenizer = kit.tokenizer()
-
-    def read(path: Path) -> tuple[list[Example], str]:
-        rows = load_rows(path, task="causal-lm")  # for an encoder too: what a text is called does not matter here
-        examples = tokenise(rows, tokenizer, max_length=length, answer_only=False, truncation="right")
-        print(f"{path}: {examples.counts}", file=sys.stderr)
-        if kit.plan.task != "causal-lm":
-            return [{name: one[name] for name in ("input_ids", "attention_mask")} for one in examples], fingerprint(
-                rows
-            )
-        return list(examples), fingerprint(rows)
-
-    train, print_of = read(cast("Path", settings.text))
-    if settings.eval is not None:
-        held_out, other = read(settings.eval)
-        print_of += other
-    else:
-        if len(train) < 2:
-            raise DataError(
-                f"{settings.text} makes one example of {length} tokens or fewer, and one must be held out.",
-                expected="a longer text",
-                hint="give held-out text with --eval, or shorter examples with --max-length",
-            )
-        chosen = set(range(_EVERY - 1, len(train), _EVERY)) or {len(train) - 1}
-        held_out = [train[index] for index in sorted(chosen)]
-        train = [one for index, one in enumerate(train) if index not in chosen]
-    collator = Collator(tokenizer, pad_token_id=kit.config.pad_token_id)
-    return Text(train=train, held_out=held_out, collator=collator, fingerprint=print_of)
+# ---- the model
 
 
 def _load(settings: EmulatorSettings, kit: Kit) -> PreTrainedModel:

@@ -113,6 +113,7 @@ def find_emulator(settings: TuneSettings, kit: Kit) -> Emulator:
 
 def _plan_private(settings: TuneSettings, train: DataSet) -> PrivatePlan:
     _check_private(settings)
+    _module("party.private_sgd")  # whether it can be had is known before there is a run
     assert settings.dp_clip is not None  # noqa: S101
     assert settings.dp_delta is not None  # noqa: S101
     plan: PrivatePlan = _module("party.private_plan").plan_private(
@@ -271,7 +272,7 @@ def _rho(private: PrivatePlan | None) -> float | None:
 def _release(private: PrivatePlan | None, train: DataSet, run: str, rho: float | None, name: str) -> Release:
     """The adapter as a release of every unit: whether one was in a batch nobody shall know."""
     return Release(
-        release_id=f"adapter:{train.fingerprint[:16]}:{name}",
+        release_id=f"adapter:{run}:{name}",
         dataset=train.fingerprint,
         unit=train.unit,
         units=None,

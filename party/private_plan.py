@@ -18,7 +18,6 @@ import dp_accounting  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped, unused-ignore]
 from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.utils import get_noise_multiplier
 
 from splitfl.errors import UsageError
 from splitfl.privacy.calibration import Claim, gaussian_delta
@@ -27,10 +26,12 @@ ADVERSARY = "whoever gets the adapter"
 TAIL = 1e-10
 """`adapter_rho` holds but for this much of delta, for each adapter."""
 _ORDERS = [1 + x / 10 for x in range(1, 100)] + [*range(11, 128), 192, 256, 512, 1024, 4096]
+_LARGEST_TABLE = 3e6
+_LARGEST_NOISE = 1e5
 
 
 def epsilon_of(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Epsilon at `delta` of that many steps; add or remove one unit. The smaller of Opacus' PRV and RDP bounds.
+    """Epsilon at `delta` of that many steps; add or remove one unit. The smaller of Opacus' RDP and PRV bounds.
 
     Args:
         noise_multiplier: standard deviation of the noise over the clip.
@@ -38,17 +39,17 @@ def epsilon_of(noise_multiplier: float, sample_rate: float, steps: int, delta: f
         steps: how many.
         delta: above 0, below 1.
     """
-    found = [_epsilon_by(RDPAccountant(), noise_multiplier, sample_rate, steps, delta, alphas=_ORDERS)]
-    with contextlib.suppress(ValueError, RuntimeError, OverflowError, MemoryError):
-        # Beyond what its numerics can do, the other bound still holds.
-        error = _prv_error(found[0])
-        found.append(_epsilon_by(PRVAccountant(), noise_multiplier, sample_rate, steps, delta, eps_error=error))
-    return float(min(each for each in found if math.isfinite(each) and each >= 0))
+    epsilon = _by_rdp(noise_multiplier, sample_rate, steps, delta)
+    error = max(0.002, 0.01 * min(1.0, epsilon))  # how far above the true epsilon the PRV bound may lie
+    if (epsilon + 4) / error * math.sqrt(steps * math.log(1 / delta)) < _LARGEST_TABLE:
+        with contextlib.suppress(ValueError, RuntimeError, OverflowError):  # beyond what its numerics can do
+            other = _epsilon_by(PRVAccountant(), noise_multiplier, sample_rate, steps, delta, eps_error=error)
+            epsilon = min(epsilon, other) if other >= 0 else epsilon
+    return epsilon
 
 
-def _prv_error(epsilon: float) -> float:
-    """How far above the true epsilon the PRV bound may lie: 1 %, but not below 0.0005, where its tables grow large."""
-    return max(0.0005, 0.01 * min(1.0, epsilon))
+def _by_rdp(noise: float, rate: float, steps: int, delta: float) -> float:
+    return _epsilon_by(RDPAccountant(), noise, rate, steps, delta, alphas=_ORDERS)
 
 
 def _epsilon_by(accountant: Any, noise: float, rate: float, steps: int, delta: float, **options: Any) -> float:
@@ -59,33 +60,25 @@ def _epsilon_by(accountant: Any, noise: float, rate: float, steps: int, delta: f
 
 
 def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """A noise multiplier that keeps `steps` steps within (epsilon, delta), the smallest to a few percent of epsilon.
+    """A noise multiplier that keeps `steps` steps within (epsilon, delta), the smallest to about one percent.
 
     Raises:
         UsageError: no noise does.
     """
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            found = get_noise_multiplier(
-                target_epsilon=epsilon,
-                target_delta=delta,
-                sample_rate=sample_rate,
-                steps=steps,
-                accountant="prv",
-                epsilon_tolerance=0.01 * epsilon,
-                eps_error=_prv_error(epsilon),
+    high = 0.25
+    while _by_rdp(high, sample_rate, steps, delta) > epsilon:
+        high *= 2
+        if high > _LARGEST_NOISE:
+            raise UsageError(
+                f"No noise up to {_LARGEST_NOISE:g} times the clip keeps {steps} steps at sampling rate "
+                f"{sample_rate:.3g} within epsilon {epsilon:g} at delta {delta:g}.",
+                hint="allow a larger epsilon, or take fewer steps or smaller batches",
             )
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise UsageError(
-            f"No noise was found that keeps {steps} steps at sampling rate {sample_rate:.3g} within epsilon "
-            f"{epsilon:g} at delta {delta:g}.",
-            hint="allow a larger epsilon, or take fewer steps or smaller batches",
-        ) from error
-    noise = float(found)
-    while epsilon_of(noise, sample_rate, steps, delta) > epsilon:  # its error may be another than that of the search
-        noise *= 1.01
-    return noise
+    low = high / 4  # RDP asks for less than twice the noise that is needed; and 0.06 is no noise at all
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if epsilon_of(middle, sample_rate, steps, delta) <= epsilon else (middle, high)
+    return high
 
 
 def adapter_rho(noise_multiplier: float, sample_rate: float, steps: int) -> float:

@@ -47,6 +47,8 @@ from splitfl.data import Collator, Example
 from splitfl.errors import InternalError, ModelError
 
 _IGNORED = -100
+_JOINING = {"opt"}
+"""Families whose layers join rows, one after the other, in front of some linear modules: [B, T, D] -> [B T, D]."""
 
 
 # ---- randomness
@@ -113,6 +115,7 @@ class PrivateGradient:
         collator: Collator, task: Task,
     ) -> None:  # fmt: skip
         self.model, self.rows_at_once, self.collator, self.task = model, rows_at_once, collator, task
+        self._joins = getattr(getattr(model, "config", None), "model_type", None) in _JOINING
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for p in self.parameters):
             raise ModelError("DP-SGD tunes parameters that are not float32.", hint="add --dtype float32")
@@ -176,9 +179,10 @@ class PrivateGradient:
             part = rows[start : start + self.rows_at_once]
             owners = torch.tensor([number for number, _ in part])
             weights = torch.tensor([1 / len(pack[number]) for number, _ in part])
-            total += self._backward([example for _, example in part], weights)
+            loss, positions = self._backward([example for _, example in part], weights)
+            total += loss
             for index, p in enumerate(self.parameters):
-                by_row = self._taken(p, len(part))
+                by_row = self._taken(p, len(part), positions)
                 if len(folded) <= index:
                     folded.append(by_row.new_zeros((len(pack), *p.shape)))
                 folded[index].index_add_(0, owners.to(p.device), by_row)
@@ -186,7 +190,8 @@ class PrivateGradient:
             p.grad_sample = by_unit  # type: ignore[attr-defined]
         return total
 
-    def _backward(self, examples: Sequence[Example], weights: torch.Tensor) -> float:
+    def _backward(self, examples: Sequence[Example], weights: torch.Tensor) -> tuple[float, int]:
+        """Weighted sum of the losses, and positions of the padded batch."""
         device = self.parameters[0].device
         batch = self.collator([{name: x for name, x in each.items() if name != "row"} for each in examples])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -197,10 +202,12 @@ class PrivateGradient:
         with warnings.catch_warnings():  # the first layer's input needs no gradient, which a hook remarks upon
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             loss.backward()
-        return float(loss.detach())
+        return float(loss.detach()), batch["input_ids"].shape[1]
 
-    def _taken(self, p: nn.Parameter, rows: int) -> torch.Tensor:
+    def _taken(self, p: nn.Parameter, rows: int, positions: int) -> torch.Tensor:
         by_row = getattr(p, "grad_sample", None)
+        if self._joins and isinstance(by_row, torch.Tensor) and by_row.shape == (rows * positions, *p.shape):
+            by_row = by_row.view(rows, positions, *p.shape).sum(1)
         if not isinstance(by_row, torch.Tensor) or by_row.shape != (rows, *p.shape):
             raise ModelError(
                 "A tuned module of this model does not see its rows one by one, so they cannot be clipped one by one.",

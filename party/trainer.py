@@ -89,6 +89,17 @@ class SplitTrainer(Trainer):
         self.tokens_seen = 0
         self.remove_callback(PrinterCallback)
 
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train from `checkpoint`, or from the start. One of the last step is only read: the loop would add a step."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            wanted, epochs = self.args.max_steps, self.args.num_train_epochs
+            if state.global_step >= wanted if wanted > 0 else (state.epoch or 0) >= epochs:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, counted."""
         self.tokens_seen += int(inputs["attention_mask"].sum())

@@ -172,7 +172,7 @@ def _train(
         say(f"held out, before: {_in_words(before)}{place.measured}")
     try:
         with stop.watching():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.go_on(checkpoint)
     finally:
         progress.stop()
     step = trainer.state.global_step

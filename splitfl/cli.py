@@ -22,7 +22,7 @@ from splitfl.config import (
     ServeSettings,
     TuneSettings,
 )
-from splitfl.config_offsite import EmulatorSettings
+from splitfl.config_offsite import EmulatorSettings, PluginSettings
 from splitfl.config_privacy import LedgerBudget, LedgerExport, LedgerShow
 from splitfl.options import command, run_app
 from splitfl.quiet import silence_library_warnings
@@ -113,6 +113,13 @@ def _emulator(settings: EmulatorSettings) -> int:
     return make_emulator(settings)
 
 
+def _plugin(settings: PluginSettings) -> None:
+    from model_owner.plugin import plugin
+    from party.evaluate import evaluate
+
+    plugin(settings, evaluate)
+
+
 def _serve(settings: ServeSettings) -> None:
     from model_owner.serve import serve
 
@@ -164,6 +171,7 @@ command(ledger, LedgerBudget, "budget", _ledger_budget)
 command(ledger, LedgerExport, "export", _ledger_export)
 command(app, KitSettings, "kit", _kit)
 command(app, EmulatorSettings, "emulator", _emulator)
+command(app, PluginSettings, "plugin", _plugin)
 command(app, ServeSettings, "serve", _serve)
 command(app, TuneSettings, "tune", _tune)
 command(app, EvaluateSettings, "evaluate", _evaluate)

@@ -1,4 +1,4 @@
-"""Settings of the commands of offsite-tuning: the emulator that an owner makes for tuning away from the trunk.
+"""Settings of the commands of offsite-tuning: the emulator that an owner makes, and the adapter that comes back.
 
 Nothing heavy is imported here.
 """
@@ -11,13 +11,25 @@ from typing import Annotated, Literal
 
 import typer
 
-from splitfl.config_common import NOT_EMPTY, ROWS, Device, Dtype, JsonFile, MaxLength, Threads
+from splitfl.config_common import (
+    NOT_EMPTY,
+    ROWS,
+    Columns,
+    Device,
+    Dtype,
+    EvalBatch,
+    JsonFile,
+    MaxLength,
+    Threads,
+    Truncation,
+)
 from splitfl.errors import UsageError
-from splitfl.options import Check, Panel, Settings, above, at_least
+from splitfl.options import Check, Panel, Settings, above, at_least, parse_pairs
 
 CUT = Panel("The cut, where there is no kit yet")
 SMALLER = Panel("Smaller weights")
 DISTIL = Panel("Distillation")
+LARGEST_CHANGE = 2.0  # of a weight, as a multiple of its norm: tuning changes it by a fraction
 _SHARE = Check(test=lambda share: 0 <= share < 1, expected="0 to below 1")
 
 
@@ -87,3 +99,54 @@ class EmulatorSettings(Settings):
                 expected="--keep 2 or more",
                 hint="with --choose uniform one layer is kept from the middle",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginSettings(Settings):
+    """Check adapters that came back from data holders, plug them into the full model and measure it."""
+
+    model: Annotated[str, "Model directory.", NOT_EMPTY]
+    kit: Annotated[Path, "The kit that the adapters were tuned with."]
+    adapter: Annotated[
+        tuple[Path, ...],
+        "Adapter directory. Repeated, the mean of their changes is plugged in, exactly: their ranks add up.",
+    ]
+    weights: Annotated[
+        tuple[float, ...],
+        "Weight of each adapter, in their order; they are divided by their sum. Default: all alike.",
+        above(0),
+    ] = ()
+    max_norm: Annotated[
+        float,
+        "Largest change of a weight as a multiple of its norm, of all together half of that; for biases, a new head "
+        "and LoRA's factors, largest root mean square.",
+        above(0),
+    ] = LARGEST_CHANGE
+    out: Annotated[Path | None, "Write what was plugged in to this PEFT directory."] = None
+    json: JsonFile = None
+
+    eval: Annotated[Path | None, "Rows to measure on, without the adapter and with it.", ROWS] = None
+    columns: Columns = ()
+    answer_only: Annotated[bool, "Measure on the answers only, not the prompts.", ROWS] = True
+    max_length: MaxLength = None
+    truncation: Annotated[Truncation, "Rows that are too long: refuse them, cut the right end, drop them.", ROWS] = (
+        "error"
+    )
+    per_device_eval_batch_size: EvalBatch = 8
+    device: Device = "cpu"
+    threads: Threads = None
+
+    def check(self) -> None:
+        """Refuse weights that are not one for each adapter, and the same adapter twice."""
+        self.column_map()
+        if self.weights and len(self.weights) != len(self.adapter):
+            raise UsageError(
+                f"--weights was given {len(self.weights)} times, --adapter {len(self.adapter)} times.",
+                expected="one weight for each adapter, or none",
+            )
+        if len({path.resolve() for path in self.adapter}) < len(self.adapter):
+            raise UsageError("--adapter names the same directory twice.", hint="say how much it counts with --weights")
+
+    def column_map(self) -> dict[str, str]:
+        """Our name of a field to the file's name of its column."""
+        return parse_pairs(self.columns, "--columns")

@@ -20,11 +20,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Releases of rows are booked in a ledger; those of tests do not belong into the one of whoever runs them.
 os.environ["SPLITFL_LEDGER"] = os.path.join(tempfile.mkdtemp(prefix="splitfl-tests-"), "ledger.sqlite")
-atexit.register(shutil.rmtree, os.path.dirname(os.environ["SPLITFL_LEDGER"]), ignore_errors=True)
 
 import pytest
 
 from tests.leaks import belongings, leaks_since, watch_contexts
+
+atexit.register(shutil.rmtree, os.path.dirname(os.environ["SPLITFL_LEDGER"]), ignore_errors=True)
 
 _UNIX = os.name == "posix"
 

@@ -186,7 +186,9 @@ _SPECIAL = {
     "prompt": _TEXT,
     # Mechanisms that do not go together are refused; here are some that do.
     **{name: st.none() for name in ("epsilon", "delta", "unit", "eta", "keep_largest", "gradient_clip")},
-    **{name: st.none() for name in ("gradient_sigma", "decorrelate", "label_epsilon")},
+    **{name: st.none() for name in ("gradient_sigma", "decorrelate", "label_epsilon", "emulator")},
+    **{name: st.none() for name in ("dp_epsilon", "dp_noise_multiplier", "dp_delta", "dp_clip")},
+    "dp_freeze_a": st.just(False),
     "noise": st.just("gauss"),
     "clip": st.floats(0.1, 1e6),
     "sigma": st.floats(0.1, 1e6),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from splitfl import config, config_privacy
+from splitfl import config, config_offsite, config_privacy
 from splitfl.options import Settings, command, run_app
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -17,6 +17,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "doctor": config.DoctorSettings,
     "demo": config.DemoSettings,
     "bench": config.BenchSettings,
+    "emulator": config_offsite.EmulatorSettings,
 }
 KEYS: dict[str, type[Settings]] = {
     "new": config.KeysNew,

@@ -46,7 +46,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base: immutable, keyword-only, unknown fields refused."""
 
 
-class TensorSpec(Record, frozen=True, kw_only=True):
+class TensorSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One tensor frame: raw little-endian, contiguous, exactly `prod(shape) * itemsize` bytes; or coded."""
 
     name: TensorName
