@@ -30,7 +30,8 @@ PROMPT = "Agnes carried forty-two crates"
 DIRECTIONS = {"sent": "party to owner", "received": "owner to party"}
 COMMON = {"type", "session", "tensors"}
 FIELDS = {
-    "hello": COMMON | {"version", "protocol", "trunk", "plan", "wire_dtype", "memory", "hidden_coding", "gradient_coding"},
+    "hello": COMMON
+    | {"version", "protocol", "trunk", "plan", "wire_dtype", "memory", "hidden_coding", "gradient_coding"},
     "forward": COMMON | {"step", "keep", "cache", "past", "rows"},
     "backward": COMMON | {"step"},
     "release": COMMON | {"caches", "steps"},

@@ -18,15 +18,15 @@ from model_owner.plugin import combined, kit_of, load_full, plug_in
 from model_owner.trunk import LocalLink, Trunk
 from party.evaluate import evaluate
 from party.model import open_model
-from party.rundir import RunDirectory
 from splitfl.adapters import ADAPTER_FILE, add_lora, lora_config, open_adapter, save_adapter
 from splitfl.cli import main
-from splitfl.config import TuneSettings
 from splitfl.data import Collator, load_rows, tokenise
 from splitfl.errors import ModelError
 from splitfl.kit import open_kit
 from splitfl.load import load_trunk_side
+from tests.live.child import splitfl_here
 from tests.live.models import answer_rows, make_kit, save_tiny, sentences, tokenizer_of, whole_model, write_jsonl
+from tests.live.owner import serve
 
 KINDS = {
     "llama": ("llama", {}),
@@ -248,31 +248,30 @@ def test_without_rows_and_out_it_is_checked_alone(place, tmp_path, capsys):
     assert held["values"] == sum(tensor.numel() for tensor in load_file(tmp_path / "a" / ADAPTER_FILE).values())
 
 
-def test_a_run_uses_what_was_written(place, tmp_path, capsys):
-    """A run directory whose adapter is what the owner gave back evaluates it, with the emulator in this case."""
-    with pytest.raises(SystemExit) as stop:
-        main(["emulator", str(tmp_path / "e"), "--model", str(place / "llama"), "--kit", str(place / "llama.kit"),
-              "--keep", "1"])  # fmt: skip
-    assert stop.value.code == 0
-    settings = TuneSettings(
-        kit=place / "llama.kit", train=place / "held.jsonl", eval=place / "held.jsonl", out=tmp_path / "run",
-        protocol="guarded-offline", emulator=tmp_path / "e", max_steps=3, learning_rate=5e-3, threads=1,
-    )  # fmt: skip
-    from party.tune import tune
+@pytest.mark.slow
+def test_an_adapter_tuned_on_an_emulator_comes_back_and_is_used_through_the_split(place, tmp_path):
+    """Emulator out, two adapters back, their mean plugged in; then a party's run evaluates it, the trunk at the owner.
 
-    assert not tune(settings)
-    run(*base_words(place), "--adapter", tmp_path / "run" / "adapter", "--out", tmp_path / "out", "--eval",
-        place / "held.jsonl")  # fmt: skip
-    mine = load_file(tmp_path / "run" / "adapter" / ADAPTER_FILE)
-    given = load_file(tmp_path / "out" / ADAPTER_FILE)
-    assert mine.keys() == given.keys()
-    assert all(torch.equal(mine[name], given[name]) for name in mine)
-    shutil.rmtree(RunDirectory(tmp_path / "run").adapter)
-    shutil.copytree(tmp_path / "out", RunDirectory(tmp_path / "run").adapter)
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "--run", str(tmp_path / "run"), "--eval", str(place / "held.jsonl")])
-    assert stop.value.code == 0
-    assert "loss" in capsys.readouterr().out
+    A run of the split protocol is made first, for its directory: what the owner wrote takes its adapter's place.
+    """
+    held = place / "held.jsonl"
+    splitfl_here("emulator", tmp_path / "e", *base_words(place), "--keep", 1)
+    train = ["--train", held, "--max-steps", 3, "--learning-rate", 5e-3]
+    offline = ["--kit", place / "llama.kit", "--protocol", "guarded-offline", "--emulator", tmp_path / "e", *train]
+    for seed in (1, 2):
+        splitfl_here("tune", *offline, "--seed", seed, "--out", tmp_path / f"run{seed}")
+    adapters = [word for seed in (1, 2) for word in ("--adapter", tmp_path / f"run{seed}" / "adapter")]
+    run(*base_words(place), *adapters, "--out", tmp_path / "out", "--eval", held, "--json", tmp_path / "p.json")
+    told = {one["metric"]: one["value"] for one in json.loads((tmp_path / "p.json").read_text())["results"]}
+    with serve(place / "llama", place / "llama.kit", tmp_path / "owner") as owner:
+        splitfl_here("tune", *owner.link(), *train, "--out", tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "adapter")
+        shutil.copytree(tmp_path / "out", tmp_path / "run" / "adapter")
+        splitfl_here("evaluate", "--run", tmp_path / "run", "--eval", held, "--json", tmp_path / "s.json")
+        splitfl_here("generate", "--run", tmp_path / "run", "--prompt", "Agnes sang", "--max-new-tokens", 4)
+    split = {one["metric"]: one["value"] for one in json.loads((tmp_path / "s.json").read_text())["results"]}
+    assert split["loss"] == pytest.approx(told["loss"], rel=1e-6)
+    assert split["counted"] == told["counted"]
 
 
 # ---- several adapters
