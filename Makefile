@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# One thread a process: the tests run many small processes at once.
+# One thread a process: the tests run many small processes at once. A file's tests stay in one worker, for its fixtures.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+TEST_WORKERS ?= 2
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 DEMO_ARGS ?=
 
 .PHONY: help demo test check format lint types fast docs bench clean
@@ -28,7 +30,7 @@ demo: $(READY)
 	$(BIN)/splitfl demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(READY) lint types fast
 
@@ -44,7 +46,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 fast: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 docs: $(READY)
 	$(TEST_ENV) $(BIN)/python -m tests.equivalence.table

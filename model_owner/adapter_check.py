@@ -284,7 +284,7 @@ def _read_tensors(file: Path, expected: Tensors) -> Tensors:
             expected=f"{len(expected)} tensors, all of layers that the kit holds",
             hint=_AGAIN,
         )
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.shape != expected[name].shape or tensor.dtype not in _DTYPES:
             raise ModelError(
                 f"{file}: {module_of(name)} is {list(tensor.shape)} in {_type_name(tensor.dtype)}.",
@@ -370,7 +370,7 @@ def _check_norms(folder: Path, change: Change, values: Mapping[str, float], limi
             expected=f"at most {limit / 2:g} times, half of --max-norm",
             hint=hint,
         )
-    for name, value in values.items():
+    for name, value in sorted(values.items()):
         if not value <= limit:
             raise ModelError(
                 f"The values of {module_of(name)} in {folder} are too large: their root mean square is {value:.3g}.",

@@ -453,6 +453,19 @@ def test_an_oversized_head_or_bias_is_refused(part, place, tmp_path):
         check_adapter(altered(adapter, change), kit)
 
 
+def test_a_bias_is_measured_by_its_change_and_not_by_its_size(place, tmp_path):
+    save_tiny("gpt2", tmp_path / "gpt2")
+    large = whole_model(tmp_path / "gpt2")
+    with torch.no_grad():
+        for layer in large.transformer.h:
+            layer.attn.c_attn.bias.add_(7)
+    large.save_pretrained(tmp_path / "gpt2")
+    kit = open_kit(make_kit(tmp_path / "gpt2", tmp_path / "gpt2.kit"))
+    adapter = made(tmp_path, tmp_path / "a", "gpt2", bias="lora_only")
+    bias = check_adapter(adapter, kit).tensors["base_model.model.transformer.h.0.attn.c_attn.base_layer.bias"]
+    assert bias.mean() > 6
+
+
 def test_a_magnitude_of_dora_counts_as_a_change(place, tmp_path):
     kit = open_kit(place / "llama.kit")
     adapter = altered(made(place, tmp_path / "a", use_dora=True), scaled("magnitude", 50.0))
