@@ -143,8 +143,8 @@ def _train(
     checkpoint: Path | None,
 ) -> int:  # fmt: skip
     started = time.monotonic()
-    log, model = place.log, place.model
-    progress, stop = TrainingProgress(place.traffic, log), StopRequest()
+    log, model, stop = place.log, place.model, StopRequest()
+    progress = TrainingProgress(place.traffic, log)
 
     def note_eval(step: int, score: Score, when: str = "during") -> None:
         log.write("eval", step=step, when=when, tokens=score.counted, **score.facts())
@@ -189,17 +189,25 @@ def _train(
         after = scored[1] if scored is not None and scored[0] == step else _score(settings, kit, data, place)
         note_eval(step, after, "after")
         say(f"held out, after:  {_in_words(after)}{place.measured}")
+    _tell_of_probes(place)
     seconds = time.monotonic() - started
-    log.write(
-        "end",
-        seconds=seconds,
-        steps=step,
-        peak_rss_bytes=peak_rss_bytes(),
-        bytes_sent=place.traffic.bytes_sent,
-        bytes_received=place.traffic.bytes_received,
-    )
+    moved = {"bytes_sent": place.traffic.bytes_sent, "bytes_received": place.traffic.bytes_received}
+    log.write("end", seconds=seconds, steps=step, peak_rss_bytes=peak_rss_bytes(), **moved)
     _finish(settings, run, trainer, place, before, after, seconds)
     return 0
+
+
+def _tell_of_probes(place: Workplace) -> None:
+    """What the checks of the owner found; no check at all is not told as a good one."""
+    if place.probe is None:
+        return
+    facts = place.probe.evidence()
+    place.log.write("owner checked", **facts)
+    if facts["inconclusive"] > facts["consistent"]:
+        say(f"owner: {facts['inconclusive']} of its gradients could not be judged, {facts['consistent']} were right")
+    if facts["repeats_not_bitwise"]:
+        say(f"owner: the same input gave other bits {facts['repeats_not_bitwise']} times, first at step "
+            f"{facts['first_change_at']}")  # fmt: skip
 
 
 def _training_arguments(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from party.bookkeeping import Book, describe, keep_name
 from party.cache import CacheKey, TrunkCache, cache_bytes, fill, put_cached_trunk
+from party.honesty import HonestyProbe
 from party.model import open_model, resolve_dtype
 from party.opening import Preparation, check_budget, connect, guarded, say
 from party.progress import Traffic
@@ -52,6 +53,8 @@ class Workplace:
     """Training arguments that the run has no choice about."""
     release: Callable[[PeftModel], None] | None = None
     """Books the adapter, before it is written."""
+    probe: HonestyProbe | None = None
+    """What checks the owner."""
     measured: str = ""
     """How figures were measured, where that is not with the owner's trunk: stands behind them."""
 
@@ -135,6 +138,7 @@ def _over_the_network(
             traffic=session,
             log=logs[0],
             extra_loss=Decorrelation(base, remote_trunk(base, kit), weight) if weight else None,
+            probe=guard.link if isinstance(guard.link, HonestyProbe) else None,
         )
 
 
