@@ -87,7 +87,7 @@ def lora_config(
         UsageError: a target that is not there, or no layer above the cut to tune.
     """
     layers = [index for index in plan.party_layers if not top_alone or index >= plan.trunk_layers.stop]
-    if not layers and plan.task == "causal-lm":
+    if not layers:  # an empty list would mean every layer to PEFT
         raise UsageError(
             f"Nothing is left to tune: the kit holds {plan.bottom} layers below the cut, which stay as they are, and "
             f"{plan.top} above it.",

@@ -18,6 +18,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "demo": config.DemoSettings,
     "bench": config.BenchSettings,
     "emulator": config_offsite.EmulatorSettings,
+    "plugin": config_offsite.PluginSettings,
 }
 KEYS: dict[str, type[Settings]] = {
     "new": config.KeysNew,
