@@ -156,7 +156,8 @@ def test_a_checkpoint_of_another_plan_is_not_resumed(owner, tune_config, finishe
 
 def test_a_full_disk_leaves_no_half_checkpoint(owner, tune_config, tmp_path):
     """The kernel refuses to let any file grow beyond a limit, as it refuses on a disk without room."""
-    words = [str(word) for word in tune_words(owner, tune_config, tmp_path / "run", "--r", "32")]
+    more = ("--r", "64", "--save-steps", "1", "--ledger", tmp_path / "ledger.sqlite")  # a small file of its own
+    words = [str(word) for word in tune_words(owner, tune_config, tmp_path / "run", *more)]
     program = f"import sys; from splitfl.cli import main; main({words!r})"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -164,7 +165,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(owner, tune_config, tmp_path):
         text=True,
         timeout=120,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)),
     )
     assert done.returncode == 6, done.stderr
     assert "no room to write" in done.stderr

@@ -258,18 +258,18 @@ def test_killed_in_the_pass_it_sends_the_same_bytes_again(open_owner, config, pl
 
 
 def test_after_the_pass_neither_training_nor_a_resume_needs_the_owner(tiny_llama, rows, tmp_path):
-    config = write_config(tmp_path / "tune.toml", rows, max_steps=60, eval_steps=30, save_steps=1000)
+    config = write_config(tmp_path / "tune.toml", rows, max_steps=400, eval_steps=400, save_steps=1000)
     with serve(*tiny_llama, tmp_path / "owner") as lone:
         splitfl_here("tune", *lone.link(), "--config", config, "--out", tmp_path / "whole", "--protocol", NAME)
         with start(lone.address, lone, config, tmp_path) as party:
             party.stderr.wait_for("every row has been sent once")
             assert lone.running.end() == 0
-            party.stderr.wait_for("step 2/60")
+            party.stderr.wait_for("step 2/400")
             party.process.send_signal(signal.SIGINT)
             assert party.wait() == INTERRUPTED_EXIT_CODE
         run = tmp_path / "run"
         step = events(run, "train")[-1]["step"]
-        assert 2 <= step < 60
+        assert 2 <= step < 400
         assert checkpoints(run) == [f"checkpoint-{step}"]
         booked = entries(tmp_path / "ledger.sqlite")
         ledger = ("--ledger", tmp_path / "ledger.sqlite")

@@ -32,7 +32,7 @@ from tests.live.test_wire_capture import COMMON, DIRECTIONS, FIELDS, PROMPT, TEN
 pytestmark = pytest.mark.slow
 
 TRAIN, HELD, LENGTH, NEW = 40, 10, 48, 6
-CLIP, EPSILON = 30.0, 300.0
+CLIP, EPSILON = 30.0, 15.0
 NOISE = ("--noise", "gauss", "--clip", str(CLIP), "--epsilon", str(EPSILON), "--delta", "1e-6", "--unit", "record")
 GRADFREE = ("--protocol", "guarded-gradfree", "--probe-every", "3")
 CASES: dict[str, tuple[str, ...]] = {

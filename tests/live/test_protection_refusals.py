@@ -37,7 +37,7 @@ REFUSED = {
     "token at a deep cut": ((*GAUSS, "--unit", "token", *GRADFREE), ["cut above layer 2", "--bottom 0"]),
     "epsilon with split": ((*NO_SIGMA, *CLAIM), ["cannot be promised", "'split'", "guarded-gradfree"]),
     "epsilon with guarded-online": ((*NO_SIGMA, *CLAIM, *ONLINE), ["cannot be promised", "guarded-gradfree"]),
-    "epsilon with gradients": ((*NO_SIGMA, *CLAIM, "--freeze-bottom"), ["gradients are sent too", "guarded-gradfree"]),
+    "epsilon with gradients": ((*NO_SIGMA, *CLAIM, "--freeze-bottom"), ["lets gradients cross", "guarded-gradfree"]),
     "dchi as DP": (("--noise", "dchi", "--eta", "9", "--epsilon", "8"), ["no differential privacy", "--eta alone"]),
     "gradient noise without gradients": (
         ("--gradient-clip", "1", "--gradient-sigma", "1", *GRADFREE),

@@ -46,7 +46,10 @@ def test_a_run_directory_holds_what_it_should(finished):
     assert adapter["peft_type"] == "LORA"
     assert adapter["base_model_name_or_path"]
     disclosure = json.loads((finished / "disclosure.json").read_text(encoding="utf-8"))
-    assert disclosure == {"protocol": "split", **json.loads(json.dumps(SPLIT.disclosure.to_json()))}
+    [start] = events(finished, "start")
+    assert start["claim"].startswith("empirical: ")
+    record = SPLIT.disclosure.with_bounds({("forward", "hidden"): start["claim"]})
+    assert disclosure == {"protocol": "split", **json.loads(json.dumps(record.to_json()))}
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert page.rstrip().endswith("</html>")
 

@@ -1,0 +1,1 @@
+"""A small story model, tuned through the split."""
