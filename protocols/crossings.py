@@ -36,7 +36,14 @@ CONVERSATION = (
 def forward(how_often: str) -> tuple[Crossing, ...]:
     """Activations up, and the trunk's output down."""
     return (
-        _one("forward", UP, "activations of the rows at the lower cut", how_often, "hidden"),
+        _one(
+            "forward",
+            UP,
+            "activations of the rows at the lower cut; now and then, to check the owner, the same moved by random "
+            "numbers, and random numbers alone",
+            how_often,
+            "hidden",
+        ),
         _one("forward", UP, "which positions are padding: the length of every row", how_often, "mask"),
         _one("forward", UP, "position numbers, where the batch does not count them from 0", how_often, "positions"),
         _one("forward_done", DOWN, "the trunk's output for those activations", how_often, "hidden"),
