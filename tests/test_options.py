@@ -211,7 +211,8 @@ def _values(field):
 
 @st.composite
 def _any_settings(draw):
-    name = draw(st.sampled_from(sorted(set(COMMANDS) - {"bench"})))
+    # Those left out refuse most combinations of values; their own tests write and read them.
+    name = draw(st.sampled_from(sorted(set(COMMANDS) - {"bench", "emulator", "plugin"})))
     values = {field.name: draw(_values(field)) for field in fields_of(COMMANDS[name])}
     if values.get("max_steps") == 0:
         values["max_steps"] = -1 if name == "tune" else 1
