@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from model_owner.distil_progress import DistilProgress, StopRequest, complete, newest_checkpoint
+from model_owner.distil_progress import DistilProgress, complete, newest_checkpoint
 from model_owner.student import KD_WEIGHT, Batch, Pair, measure, relative_error
 from splitfl.data import Collator, Example
 from splitfl.errors import ModelError
+from splitfl.interrupts import StopRequest
 from splitfl.metrics import RunLog
 
 _WARMUP_SHARE = 0.05  # of the steps

@@ -9,14 +9,9 @@ checkpoints/       to resume from; one that was never finished is removed
 from __future__ import annotations
 
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -32,41 +27,6 @@ _COMPLETE = "complete"  # written last into a checkpoint
 _COLOURS = """<style>:root{--muted:#57606a;--line:#d0d7de;--series-1:#0969da;--series-2:#bc4c00;--series-3:#1a7f37}
 @media (prefers-color-scheme:dark){:root{--muted:#9198a1;--line:#3d444d;--series-1:#4493f8;--series-2:#db6d28;\
 --series-3:#3fb950}}text{font-family:sans-serif}</style>"""
-
-
-class StopRequest(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends training after the step under way, with a checkpoint; the second at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Save and stop, if somebody asked for it."""
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Listen for the two signals inside the block (in the main thread; elsewhere nothing is changed)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class DistilProgress(TrainerCallback):

@@ -20,13 +20,14 @@ from party.opening import Preparation, data_set, open_book, prepare, say
 from party.progress import TrainingProgress
 from party.protect import numbered
 from party.rundir import RunDirectory
-from party.trainer import SplitTrainer, StopRequest
+from party.trainer import SplitTrainer
 from party.workplace import Workplace, open_workplace
 from protocols import protocol_named
 from splitfl.adapters import save_adapter
 from splitfl.config import TuneSettings
 from splitfl.data import Collator, Examples, load_rows, tokenise
 from splitfl.errors import INTERRUPTED_EXIT_CODE, UsageError
+from splitfl.interrupts import StopRequest
 from splitfl.kit import Kit, open_kit
 from splitfl.metrics import Result, peak_rss_bytes, write_results
 from splitfl.report import as_size, write_report
