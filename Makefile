@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 DEMO_ARGS ?=
 
-.PHONY: help demo test check format lint types fast docs bench clean
+.PHONY: help demo test check format lint types fast docs bench utility clean
 
 help:
 	@echo "make demo    an owner and two parties on this machine, real text; writes demo-out/report.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make check   format, lint, types and the fast tests"
 	@echo "make docs    write the generated pages again (docs/families.md, docs/protocols.md)"
 	@echo "make bench   splitfl bench split (an hour or more)"
+	@echo "make utility what protection costs: the table and picture in docs/protocols.md"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +55,12 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/splitfl bench split --json bench-split.json
+
+# Goes on where it was broken off; half an hour on two free cores from nothing.
+utility: $(READY)
+	$(BIN)/splitfl bench utility --json utility-runs.json --resume
+	$(BIN)/python -m splitfl.bench.utility_page utility-runs.json
+	$(BIN)/python -m protocols.page > docs/protocols.md
 
 clean:
 	rm -rf $(VENV) demo-out build dist *.egg-info
