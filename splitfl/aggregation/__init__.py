@@ -1,0 +1,1 @@
+"""Combining the adapter updates of several parties: the rules, and the ways of summing."""
