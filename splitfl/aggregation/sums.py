@@ -1,17 +1,18 @@
 """How the updates of one round are summed: what a party does, what the coordinator does, and what they exchange.
 
-A round is a fixed order of stages. Every way of summing walks the same stages and leaves out those that it does not need:
+A round is a fixed order of stages. Every way of summing walks the same stages and leaves out those that it does not
+need:
 
     stage       party -> coordinator                coordinator -> every party of the round
     advertise   one signed public value             the values of all
     share       one sealed blob for each peer       the blobs for this party
     submit      its update, masked or encrypted     who submitted: the survivors
+    agree       its signature under the survivors   the signatures of all
     reveal      what opens the sum, and no more     the result
-    (done)
 
-`Sealer` is a party's side of one round, `Summer` the coordinator's. Neither does I/O, so both can be tested against each
-other in one process. What a `Summer` takes in comes from peers: it checks sizes and senders before anything else, and it
-adds while updates come in, so that its memory is one sum and one update, however many parties there are.
+`Sealer` is a party's side of one round, `Summer` the coordinator's. Neither does I/O, so both can be tested against
+each other in one process. What a `Summer` takes in comes from peers: it checks sizes and senders before anything else,
+and it adds while updates come in, so that its memory is one sum and one update, however many parties there are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import ClassVar, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Stage: TypeAlias = Literal["advertise", "share", "submit", "reveal"]
-STAGES: tuple[Stage, ...] = ("advertise", "share", "submit", "reveal")
+Stage: TypeAlias = Literal["advertise", "share", "submit", "agree", "reveal"]
+STAGES: tuple[Stage, ...] = ("advertise", "share", "submit", "agree", "reveal")
 Vector: TypeAlias = npt.NDArray[np.float32]
 
 
@@ -88,8 +89,19 @@ class Sealer(Protocol):
             shares: the blobs that the others made for this party, by their public keys.
         """
 
-    def reveal(self, survivors: Sequence[str]) -> bytes:
-        """What the coordinator needs to open the sum over `survivors`, and nothing more. At most once a round."""
+    def agree(self, survivors: Sequence[str]) -> bytes:
+        """This party's signature under the survivors; it signs one set a round."""
+
+    def reveal(self, survivors: Sequence[str], agreements: Mapping[str, bytes]) -> bytes:
+        """What the coordinator needs to open the sum over `survivors`, and nothing more. At most once a round.
+
+        Args:
+            survivors: as in `agree`.
+            agreements: signatures of all of them, by public key: the coordinator told everybody the same.
+
+        Raises:
+            PeerError: a signature is missing or wrong, or there are too few survivors.
+        """
 
     def open(self, result: bytes) -> Opened:
         """The mean, from what the coordinator sent to all.
