@@ -54,13 +54,11 @@ _AGAIN = """\
 ### Measuring it again
 
 ```sh
-splitfl bench utility --json utility-runs.json     # --resume goes on with a run that was broken off
-python -m splitfl.bench.utility_page utility-runs.json
-make docs
+make utility
 ```
 
-The second command writes `docs/utility.json` and the picture, the third this page. `--quick` shows in a few minutes
-that it works; its figures mean nothing.
+It runs `splitfl bench utility`, going on where an earlier run was broken off, and writes `docs/utility.json`, the picture
+and this page. `splitfl bench utility --quick` shows in a few minutes that it works; its figures mean nothing.
 """
 
 
