@@ -10,15 +10,16 @@ TEST_WORKERS ?= 2
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 DEMO_ARGS ?=
 
-.PHONY: help demo test check format lint types fast docs bench utility clean
+.PHONY: help demo test check format lint types fast docs bench utility offsite clean
 
 help:
 	@echo "make demo    an owner and two parties on this machine, real text; writes demo-out/report.html"
 	@echo "make test    every test that belongs to a change"
 	@echo "make check   format, lint, types and the fast tests"
-	@echo "make docs    write the generated pages again (docs/families.md, docs/protocols.md)"
+	@echo "make docs    write the generated pages again (docs/families.md, docs/protocols.md, docs/aggregation.md)"
 	@echo "make bench   splitfl bench split (an hour or more)"
 	@echo "make utility what protection costs: the table and picture in docs/protocols.md"
+	@echo "make offsite offsite tuning beside its alternatives: the table and picture in docs/offsite.md"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +53,7 @@ fast: $(READY)
 docs: $(READY)
 	$(TEST_ENV) $(BIN)/python -m tests.equivalence.table
 	$(BIN)/python -m protocols.page > docs/protocols.md
+	$(BIN)/python -m splitfl.aggregation.page > docs/aggregation.md
 
 bench: $(READY)
 	$(BIN)/splitfl bench split --json bench-split.json
@@ -61,6 +63,16 @@ utility: $(READY)
 	$(BIN)/splitfl bench utility --json utility-runs.json --resume
 	$(BIN)/python -m splitfl.bench.utility_page utility-runs.json
 	$(BIN)/python -m protocols.page > docs/protocols.md
+
+# Trains the second model first, where it is not there yet. All three go on where they were broken off; hours on two free
+# cores from nothing. Reads ../shared/data, or the folder data of the one that SPLITFL_SHARED names.
+GPT2 := runs/gpt2
+offsite: $(READY)
+	test -f $(GPT2)/base/result.json || OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain/pretrain.py \
+		--data $${SPLITFL_SHARED:-../shared}/data --settings examples/pretrain/gpt2.toml --out $(GPT2) --trial base
+	$(BIN)/splitfl bench offsite --model embedded --model gpt2-31m=$(GPT2)/base/best --cache runs/offsite \
+		--json offsite-runs.json --resume
+	$(BIN)/python -m splitfl.bench.offsite_page offsite-runs.json
 
 clean:
 	rm -rf $(VENV) demo-out build dist *.egg-info

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from model_owner.distil_progress import DistilProgress, complete, newest_checkpoint
-from model_owner.student import KD_WEIGHT, Batch, Pair, measure, relative_error
+from model_owner.student import KD_WEIGHT, Batch, Figures, Pair, measure, relative_error
 from splitfl.data import Collator, Example
 from splitfl.errors import ModelError
 from splitfl.interrupts import StopRequest
@@ -37,20 +37,34 @@ _WARMUP_SHARE = 0.05  # of the steps
 _TOO_MUCH, _IN_A_ROW = 2.0, 3  # held-out loss over the best, and how often, before distillation is called off
 
 
-class Student(nn.Module):
-    """The layers kept, as a trainer sees them: only they are trained, moved and saved.
+class Learner(nn.Module):
+    """Layers that learn to stand in the trunk's places, as a trainer sees them: only they are trained, moved and saved.
+
+    `forward` takes a batch by names and gives ``loss``, ``lm`` and ``kd``.
 
     Args:
         pair: whose student they are.
-        kept: their numbers.
+        layers: their numbers.
     """
 
     pair: Pair
 
-    def __init__(self, pair: Pair, kept: Sequence[int]) -> None:
+    def __init__(self, pair: Pair, layers: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({str(index): pair.student[index].requires_grad_(True) for index in kept})
+        self.layers = nn.ModuleDict({str(index): pair.student[index].requires_grad_(True) for index in layers})
         self.__dict__["pair"] = pair  # past the registry: the full model is no part of this module
+
+    def figures(self, examples: Sequence[Example], collator: Collator, batch_size: int) -> Figures:
+        """What the layers are worth on held-out examples; the best state is that with the smallest ``loss``."""
+        return measure(self.pair, examples, collator, batch_size=batch_size)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: no dropout."""
+        return super().train(False)
+
+
+class Student(Learner):
+    """The layers kept, which learn the language and the trunk's output on the same text."""
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
@@ -62,10 +76,6 @@ class Student(nn.Module):
         if lm is None:
             lm = torch.zeros_like(kd)
         return {"loss": lm + KD_WEIGHT * kd, "lm": lm.detach(), "kd": kd.detach()}
-
-    def train(self, mode: bool = True) -> Student:
-        """Stay in eval mode: no dropout."""
-        return super().train(False)
 
 
 # ---- training
@@ -139,13 +149,21 @@ def distil(
     Raises:
         ModelError: the loss is not finite before anything was trained, or a checkpoint does not fit.
     """
+    return train_learner(Student(pair, kept), train, held_out, collator, folder, options, resume=resume)
+
+
+def train_learner(
+    student: Learner, train: Sequence[Example], held_out: Sequence[Example], collator: Collator, folder: Path,
+    options: DistilOptions, *, resume: bool = False,
+) -> Outcome:  # fmt: skip
+    """The loop of `distil`, for whatever the learner learns."""
     checkpoint = newest_checkpoint(folder / "checkpoints") if resume else None
     arguments = options.arguments(folder, resumes=checkpoint is not None)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a pair is one model: it cannot be replicated
-    pair.model.to(arguments.device)
-    student, stop = Student(pair, kept), StopRequest()
+    student.pair.model.to(arguments.device)
+    kept, stop = sorted(map(int, student.layers)), StopRequest()
     with RunLog(folder / "run.jsonl") as log:
-        log.write("start", kept=list(kept), resumed_from=checkpoint and checkpoint.name, parameters=_size(student))
+        log.write("start", kept=kept, resumed_from=checkpoint and checkpoint.name, parameters=_size(student))
         progress = DistilProgress(log)
         trainer = DistilTrainer(
             model=student,
@@ -199,7 +217,7 @@ def diverged(history: Sequence[float]) -> bool:
 
 
 class DistilTrainer(Trainer):
-    """`transformers.Trainer` over a `Student`: our held-out measurement, best state kept, whole checkpoints.
+    """`transformers.Trainer` over a `Learner`: our held-out measurement, best state kept, whole checkpoints.
 
     Args:
         folder: where the best state is kept.
@@ -241,10 +259,10 @@ class DistilTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out figures; keeps the state if it is the best so far, and stops if the loss runs away."""
         student, step = self.model, self.state.global_step
-        assert isinstance(student, Student)  # noqa: S101
+        assert isinstance(student, Learner)  # noqa: S101
         assert isinstance(self.data_collator, Collator)  # noqa: S101
         size = self.args.per_device_eval_batch_size
-        figures = measure(student.pair, self.eval_dataset, self.data_collator, batch_size=size)
+        figures = student.figures(self.eval_dataset, self.data_collator, size)
         before = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         if not before and not math.isfinite(figures.loss):
             raise ModelError("The emulator's loss is no finite number before distillation has begun.")
@@ -272,14 +290,14 @@ class DistilTrainer(Trainer):
             raise
 
 
-def _save_best(student: Student, folder: Path, step: int) -> None:
+def _save_best(student: Learner, folder: Path, step: int) -> None:
     unfinished = folder / ".best.safetensors"
     tensors = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
     save_file(tensors, unfinished, metadata={"step": str(step)})  # of one entry: their order varies
     os.replace(unfinished, folder / "best.safetensors")
 
 
-def load_best(student: Student, folder: Path) -> int:
+def load_best(student: Learner, folder: Path) -> int:
     """Put the best state kept in `folder` into `student`; the step it is of, 0 if none was kept."""
     file = folder / "best.safetensors"
     if not file.is_file():

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from splitfl.charts import Line, chart
+from splitfl.charts import Chart, Line, chart
 from splitfl.files import replace_text
 from splitfl.metrics import Meter, RunLog, read_run
 
@@ -148,11 +148,16 @@ def write_curve(folder: Path) -> Path | None:
     drawn = chart("Distillation", "", lines)
     if drawn is None:
         return None
+    replace_text(folder / "curve.svg", standing_alone(drawn))
+    return folder / "curve.svg"
+
+
+def standing_alone(drawn: Chart) -> str:
+    """A drawing as an svg file, with its colours and its legend."""
     legend = "".join(
         f'<text x="96%" y="{14 * number}" text-anchor="end" font-size="10" fill="var(--series-{colour})">{label}</text>'
         for number, (label, colour, _) in enumerate(drawn.labels, start=1)
     )
     start, _, inside = drawn.svg.partition(">")
     end = inside.rindex("</svg>")
-    replace_text(folder / "curve.svg", f"{start}>{_COLOURS}{inside[:end]}{legend}</svg>\n")
-    return folder / "curve.svg"
+    return f"{start}>{_COLOURS}{inside[:end]}{legend}</svg>\n"

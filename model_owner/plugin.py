@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
-from peft.utils import set_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from model_owner.adapter_check import Adapter, check_adapter, fresh, measured_change, module_of, stored
+from model_owner.adapter_check import Adapter, check_adapter, fresh, measured_change, plug_in, stored
 from splitfl.adapters import lora_config, save_adapter
 from splitfl.config_offsite import PluginSettings
-from splitfl.cut import Plan, Task
+from splitfl.cut import Task
 from splitfl.data import Collator, Examples, load_rows, tokenise
 from splitfl.emulator import check_out
 from splitfl.errors import ModelError, ResourceError, UsageError
 from splitfl.kit import DTYPES, Kit, open_kit
-from splitfl.load import fingerprint_trunk, layer_of, load_config, load_party_side
+from splitfl.load import fingerprint_trunk, load_config, load_party_side
 from splitfl.metrics import Result, write_results
 
 _UNITS = {"loss": "nats", "accuracy": "share"}
@@ -74,7 +72,7 @@ def plugin(settings: PluginSettings, evaluate: Evaluator) -> None:
         torch.set_num_threads(settings.threads)
     if settings.out is not None:
         check_out(settings.out)
-    _check_device(settings.device)
+    check_device(settings.device)
     folder = Path(settings.model)
     kit = kit_of(folder, settings.kit)
     adapters = [check_adapter(path, kit, max_norm=settings.max_norm) for path in settings.adapter]
@@ -178,16 +176,6 @@ def load_full(folder: Path, kit: Kit) -> tuple[PreTrainedModel, list[str]]:
     return model.requires_grad_(False).eval(), head
 
 
-def plug_in(model: PreTrainedModel, adapter: Adapter, plan: Plan) -> PeftModel:
-    """Put a checked adapter onto the full model; `model` is changed in place (biases, if the adapter has some)."""
-    plugged = fresh(model, adapter.config)
-    assert stored(plugged).keys() == adapter.tensors.keys()  # noqa: S101  they were checked against the kit's layers
-    in_layers = [layer_of(module_of(name), plan) for name in adapter.tensors]
-    assert not any(layer in plan.trunk_layers for layer in in_layers)  # noqa: S101
-    set_peft_model_state_dict(plugged, adapter.tensors)
-    return plugged.requires_grad_(False).eval()
-
-
 def combined(adapters: Sequence[Adapter], kit: Kit, weights: Sequence[float] = ()) -> Adapter:
     """One adapter whose change of every weight is the weighted mean of the adapters' changes.
 
@@ -252,7 +240,12 @@ def _scale(adapter: Adapter) -> float:
 # ---- what is asked
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Whether this machine has the device.
+
+    Raises:
+        ResourceError: it does not.
+    """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(
             f"--device {device} was asked for, but torch finds no CUDA device here.",
@@ -290,6 +283,7 @@ def _print_adapter(adapter: Adapter) -> None:
     config, change = adapter.config, adapter.change
     layers, modules = ", ".join(map(str, config.layers_to_transform)), ", ".join(sorted(config.target_modules))
     print(f"adapter  {adapter.name}: rank {config.r}, layers {layers}, modules {modules}; {adapter.values:,} values")
+    print(f"digest   {adapter.digest}")
     print(
         f"change   {change.total:.3g} times the norm of the weights together; most of {change.where}, "
         f"{change.largest:.3g} times"
@@ -318,6 +312,7 @@ def _print_written(out: Path, kits_own: list[str]) -> None:
 def _facts(adapter: Adapter) -> list[Result]:
     case = adapter.name
     return [
+        Result(case=case, metric="digest", value=adapter.digest, unit=""),
         Result(case=case, metric="rank", value=adapter.config.r, unit=""),
         Result(case=case, metric="values", value=adapter.values, unit="values"),
         Result(case=case, metric="change of all weights", value=adapter.change.total, unit="of their norm"),

@@ -33,6 +33,15 @@ def too_much_waits() -> Refusal:
     return Refusal("Too many requests wait for the owner.", code="busy", hint="wait for answers before asking again")
 
 
+def nothing_to_fetch() -> Refusal:
+    """This owner has no emulator to hand out."""
+    return Refusal(
+        "No emulator is handed out here.",
+        code="unknown_piece",
+        hint="ask the owner to serve with --emulator, or to give the directory by hand, for your --emulator",
+    )
+
+
 def ended() -> Refusal:
     """The session was closed while its request waited."""
     return Refusal("The session has ended.", code="unknown_session", hint="say hello again")

@@ -15,6 +15,7 @@ import torch
 
 from model_owner.admission import Admission, Everyone, ServerLimits
 from model_owner.answer import Answerer
+from model_owner.handout import Handout, handing_out
 from model_owner.memory import MemoryBudget, measure
 from model_owner.scheduler import Scheduler
 from model_owner.server import Server
@@ -50,21 +51,23 @@ def serve(settings: ServeSettings) -> None:
 def _load_and_serve(settings: ServeSettings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    plan = open_kit(settings.kit).plan
+    kit = open_kit(settings.kit)
+    plan = kit.plan
     keys, admission = _security(settings)
-    trunk = _load(settings, plan)
-    budget = MemoryBudget(parse_size(settings.memory_budget))
-    answerer = Answerer(trunk, budget, measure(trunk, caches=plan.task == "causal-lm"))
-    limits = ServerLimits(
-        max_tokens=settings.max_tokens,
-        max_length=min(plan.max_length or _LONGEST_WITHOUT_LIMIT, settings.max_tokens),
-        max_sessions=settings.max_sessions,
-        lease_s=settings.lease,
-        recompute=settings.memory == "recompute",
-        max_sessions_per_party=_sessions_per_party(settings),
-        max_waiting_bytes=budget.limit,
-    )
-    asyncio.run(_serve(settings, plan, answerer, limits, keys, admission))
+    with handing_out(settings.emulator, kit) as handout:  # first of all: it is quick, and may be the wrong one
+        trunk = _load(settings, plan)
+        budget = MemoryBudget(parse_size(settings.memory_budget))
+        answerer = Answerer(trunk, budget, measure(trunk, caches=plan.task == "causal-lm"))
+        limits = ServerLimits(
+            max_tokens=settings.max_tokens,
+            max_length=min(plan.max_length or _LONGEST_WITHOUT_LIMIT, settings.max_tokens),
+            max_sessions=settings.max_sessions,
+            lease_s=settings.lease,
+            recompute=settings.memory == "recompute",
+            max_sessions_per_party=_sessions_per_party(settings),
+            max_waiting_bytes=budget.limit,
+        )
+        asyncio.run(_serve(settings, plan, answerer, limits, keys, admission, handout))
 
 
 def _sessions_per_party(settings: ServeSettings) -> int:
@@ -102,7 +105,7 @@ def _load(settings: ServeSettings, plan: Plan) -> Trunk:
 
 async def _serve(
     settings: ServeSettings, plan: Plan, answerer: Answerer, limits: ServerLimits, keys: KeyPair | None,
-    admission: Admission,
+    admission: Admission, handout: Handout | None,
 ) -> None:  # fmt: skip
     trunk = answerer.trunk
     socket = OwnerSocket(
@@ -114,13 +117,15 @@ async def _serve(
     )
     await socket.start()
     scheduler = Scheduler(settings.workers, settings.threads)
-    server = Server(socket, plan, answerer, scheduler, admission, limits)
+    server = Server(socket, plan, answerer, scheduler, admission, limits, handout)
     try:
         running = asyncio.ensure_future(server.run())
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, running.cancel)
         loop.add_signal_handler(signal.SIGHUP, server.reload_admission)
+        if handout is not None:
+            print(f"{'emulator':8} {handout}", file=sys.stderr)
         _announce(settings, plan, trunk, socket.address, keys, admission, answerer)
         with contextlib.suppress(asyncio.CancelledError):  # told to stop once more on the way out
             await running
@@ -163,6 +168,7 @@ def _results(server: Server) -> list[Result]:
         "forwards": (c.forwards, "requests"),
         "backwards": (c.backwards, "requests"),
         "tokens": (c.tokens, "tokens"),
+        "emulator handed out": (c.piece_bytes, "bytes"),
         "refusals": (sum(c.refusals.values()), "messages"),
         "bytes sent": (server.socket.bytes_sent, "bytes"),
         "bytes received": (server.socket.bytes_received, "bytes"),

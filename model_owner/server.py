@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 from transformers import Cache
 
@@ -22,6 +22,7 @@ import splitfl
 from model_owner import refusals
 from model_owner.admission import Admission, ServerLimits, check_offer, make_room, new_session
 from model_owner.answer import Answerer, Outcome
+from model_owner.handout import Handout
 from model_owner.refusals import Refusal
 from model_owner.scheduler import Scheduler
 from model_owner.sessions import HeldSession, SessionTable
@@ -34,6 +35,7 @@ from splitfl.wire.messages import (
     Backward,
     Bye,
     Closed,
+    Fetch,
     Forward,
     FromParty,
     Hello,
@@ -45,6 +47,8 @@ from splitfl.wire.messages import (
 from splitfl.wire.session import Turn
 
 log = logging.getLogger("splitfl.owner")
+
+Request: TypeAlias = Forward | Backward | Fetch
 
 _HOUSEKEEPING_S = 0.5
 _DRAIN_S = 30.0
@@ -59,6 +63,8 @@ class Counters:
     forwards: int = 0
     backwards: int = 0
     tokens: int = 0
+    pieces: int = 0
+    piece_bytes: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
 
 
@@ -67,10 +73,10 @@ class Server:
 
     def __init__(
         self, socket: OwnerSocket, plan: Plan, answerer: Answerer, scheduler: Scheduler, admission: Admission,
-        limits: ServerLimits,
+        limits: ServerLimits, handout: Handout | None = None,
     ) -> None:  # fmt: skip
         self.socket, self.plan, self.answerer, self.scheduler = socket, plan, answerer, scheduler
-        self.admission, self.limits = admission, limits
+        self.admission, self.limits, self.handout = admission, limits, handout
         self.table = SessionTable(limits.lease_s)
         self.counters = Counters()
         self._draining = False
@@ -176,7 +182,7 @@ class Server:
             return
         held.heard(envelope.route)
         match message:
-            case Forward() | Backward():
+            case Forward() | Backward() | Fetch():
                 self._start(held, message, envelope, turn)
             case Release():
                 for step in message.steps:
@@ -185,16 +191,17 @@ class Server:
                     held.drop_cache(number)
             case Bye():
                 self._say_closed(held)
-                self._note("session closed: party %s, %d tokens served", held.party, held.served_tokens)
+                told = held.party, held.served_tokens, held.handed_out
+                self._note("session closed: party %s, %d tokens served, %d bytes handed out", *told)
 
-    def _start(self, held: HeldSession, message: Forward | Backward, envelope: Envelope, turn: Turn) -> None:
+    def _start(self, held: HeldSession, message: Request, envelope: Envelope, turn: Turn) -> None:
         request = (kind(message), message.step)
         if turn is Turn.RETRY and request in held.under_way:
             return  # its answer is on the way, and goes to the route heard last
         if turn is Turn.RETRY and request in held.replies:
             self._send([envelope.route], held.replies[request])
             return
-        size = sum(map(nbytes, envelope.frames))
+        size = message.length if isinstance(message, Fetch) else sum(map(nbytes, envelope.frames))
         if self._draining:
             problem = refusals.draining()
         elif held.under_way and self._waiting_bytes + size > self.limits.max_waiting_bytes:
@@ -208,18 +215,22 @@ class Server:
             return
         self._refuse([envelope.route], message.session, problem, step=message.step, held=held)
 
-    async def _serve(self, held: HeldSession, message: Forward | Backward, envelope: Envelope, size: int) -> None:
+    async def _serve(self, held: HeldSession, message: Request, envelope: Envelope, size: int) -> None:
         """Schedule one request and answer it; if its session has ended meanwhile, nobody is told."""
         request = (kind(message), message.step)
         try:
-            if isinstance(message, Forward):
-                outcome = await self._forward(held, message, envelope)
-            else:
-                outcome = await self._backward(held, message, envelope)
+            match message:
+                case Forward():
+                    frames = (await self._forward(held, message, envelope)).frames
+                case Backward():
+                    frames = (await self._backward(held, message, envelope)).frames
+                case Fetch():
+                    frames = await self._fetch(held, message)
             if self._is_open(held):
-                held.talk.send(wire.open_header(outcome.frames, sender="owner"))
-                held.remember(request, outcome.frames)
-                self._send(held.routes, outcome.frames)
+                held.talk.send(wire.open_header(frames, sender="owner"))
+                if not isinstance(message, Fetch):  # a file can be read again
+                    held.remember(request, frames)
+                self._send(held.routes, frames)
         except wire.Violation as violation:
             if self._is_open(held):
                 self._refuse(held.routes, held.key[1], violation, step=message.step, held=held)
@@ -292,6 +303,15 @@ class Server:
         held.drop_step(message.step)
         self.counters.backwards += 1
         return outcome
+
+    async def _fetch(self, held: HeldSession, message: Fetch) -> list[Frame]:
+        if self.handout is None:
+            raise refusals.nothing_to_fetch()
+        piece, content = await self.handout.read(message)
+        held.handed_out += content.numel()
+        self.counters.pieces += 1
+        self.counters.piece_bytes += content.numel()
+        return wire.encode(piece, {"piece": content})
 
     # ---- replies
 
@@ -375,5 +395,5 @@ class Server:
         for held in self.table:
             self._say_closed(held)
         c = self.counters
-        log.info("stopped: %d sessions, %d forwards, %d backwards, %d tokens", c.sessions, c.forwards, c.backwards,
-                 c.tokens)  # fmt: skip
+        log.info("stopped: %d sessions, %d forwards, %d backwards, %d tokens, %d bytes handed out", c.sessions,
+                 c.forwards, c.backwards, c.tokens, c.piece_bytes)  # fmt: skip

@@ -58,6 +58,8 @@ class HeldSession:
     under_way: set[Request] = field(default_factory=set)
     replies: OrderedDict[Request, list[Frame]] = field(default_factory=OrderedDict)
     served_tokens: int = 0
+    handed_out: int = 0
+    """Bytes of the emulator."""
     cache_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a cache is in use: requests on caches of one session do not overlap."""
 

@@ -9,7 +9,7 @@ from protocols import protocol_named
 from splitfl.cut import Plan
 from splitfl.wire.channel import PartySocket
 from splitfl.wire.keys import load_keys, load_public
-from splitfl.wire.messages import CodingName, DtypeName
+from splitfl.wire.messages import MAX_PIECE, CodingName, DtypeName
 
 
 def open_session(
@@ -29,7 +29,7 @@ def open_session(
         address,
         keys=load_keys(key) if key is not None else None,
         owner_public=load_public(owner_key) if owner_key is not None else None,
-        max_message_bytes=LARGEST_BATCH_TOKENS * plan.width * 4,
+        max_message_bytes=max(LARGEST_BATCH_TOKENS * plan.width * 4, MAX_PIECE),
         insecure_loopback=insecure_loopback,
     )
     session = Session(

@@ -1,18 +1,19 @@
 """Tuning without the owner: the party's model with an emulator of the trunk in the middle (protocol `guarded-offline`).
 
 Kit and emulator are checked against each other and make one ordinary, frozen model; LoRA goes on bottom and top, under
-the names of the whole model. No session is opened. What leaves later is the adapter, so that is what is booked: once,
-before it is written, in the ledger's account of adapters. With DP-SGD (`party.private_sgd`) the entry carries a bound.
+the names of the whole model. No session is opened, but to fetch an emulator where none was given (`party.fetch`). What
+leaves later is the adapter, so that is what is booked: once, before it is written, in the ledger's account of adapters.
+With DP-SGD (`party.private_sgd`) the entry carries a bound.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from party.bookkeeping import Book, DataSet, keep_name
+from party.fetch import obtain
 from party.model import check_device, resolve_dtype
 from party.opening import Preparation, say
 from party.protect import BatchRows, Protection, RowTracker
 from party.rundir import RunDirectory
 from party.workplace import Counted, Workplace
 from protocols import protocol_named
-from splitfl.adapters import adapter_to_vector, add_lora, lora_config, tuned_parameters
+from splitfl.adapter_check import stored
+from splitfl.adapters import adapter_digest, add_lora, lora_config, tuned_parameters
 from splitfl.config import TuneSettings
 from splitfl.emulator import Emulator, check_belongs, open_emulator
 from splitfl.errors import UsageError
@@ -57,6 +60,8 @@ class OfflinePreparation(Preparation):
 
     emulator: Emulator
     private: PrivatePlan | None = None
+    fetched: Counted = field(default_factory=Counted)
+    """What it took to get the emulator."""
 
     def show(self) -> None:
         """Say what leaves, and under which bound."""
@@ -72,19 +77,23 @@ class OfflinePreparation(Preparation):
 
 
 def plan_offline(settings: TuneSettings, kit: Kit, train: DataSet) -> OfflinePreparation:
-    """Open the emulator, and work out the noise of DP-SGD if it was asked for.
+    """Open the emulator, which may have to be fetched first, and work out the noise of DP-SGD if it was asked for.
 
     Raises:
         ModelError: no emulator, a damaged one, or one for another kit.
         UsageError: settings that an offline run, or DP-SGD, has no place for; an extra that is not installed.
+        ResourceError, PeerError: the emulator could not be fetched.
     """
     if settings.bias == "all":
         raise UsageError(
             "--bias all would tune the emulator's biases too, and the full model has others in their place.",
             expected="--bias none or lora_only",
         )
-    emulator = find_emulator(settings, kit)
     private = _plan_private(settings, train) if settings.dp_sgd else None
+    if settings.emulator is not None:
+        emulator, fetched = find_emulator(settings, kit), Counted()
+    else:
+        emulator, fetched = obtain(settings, kit)
     claim = private.claim if private else calibration.Claim(
         mechanism="plain training", channel="the adapter", unit="record", adversary=ADVERSARY, releases_planned=1,
         formal=False, because=_NO_BOUND,
@@ -96,6 +105,7 @@ def plan_offline(settings: TuneSettings, kit: Kit, train: DataSet) -> OfflinePre
         preview=(*(private.lines() if private else []), *calibration.preview(claim)),
         emulator=emulator,
         private=private,
+        fetched=fetched,
     )
 
 
@@ -188,8 +198,7 @@ def train_offline(
 
     def charge(tuned: PeftModel) -> None:
         # The same bytes are the same release, however often the end of a run is repeated.
-        digest = hashlib.blake2b(adapter_to_vector(tuned).numpy().tobytes(), digest_size=16).hexdigest()
-        book.ledger.charge(release(digest))
+        book.ledger.charge(release(adapter_digest(stored(tuned))))
 
     with RunLog(run.log) as log:
         kept = preparation.emulator.plan
@@ -197,7 +206,7 @@ def train_offline(
         yield Workplace(
             model=model,
             tracker=untracked(data.train_set, data.held_out_set),
-            traffic=Counted(),
+            traffic=preparation.fetched,
             log=log,
             release=charge,
             measured=f" ({WITH_EMULATOR})",
@@ -242,7 +251,7 @@ def _adapted(settings: TuneSettings, kit: Kit, emulator: Emulator, private: Priv
 
 def _begin(settings: TuneSettings, run: RunDirectory, preparation: OfflinePreparation, book: Book) -> None:
     """The run directory; nothing may be refused for its settings any more."""
-    run.prepare(settings)
+    run.prepare(dataclasses.replace(settings, emulator=preparation.emulator.path))  # a fetched one is remembered
     path = run.path / "disclosure.json"
     told = json.loads(path.read_text(encoding="utf-8"))
     told["adapter"] = {
@@ -256,7 +265,7 @@ def _begin(settings: TuneSettings, run: RunDirectory, preparation: OfflinePrepar
         replace_text(run.path / _DP_FILE, json.dumps(_kept(preparation.private), indent=2) + "\n")
     keep_name(run.path, book.run)
     run.drop_unfinished()
-    say("no owner is needed")
+    say("no owner is needed from here on")
 
 
 # ---- the one release

@@ -30,8 +30,9 @@ class Traffic(Protocol):
 class TrainingProgress(TrainerCallback):
     """A bar with loss, tokens/s, bytes and time left on a terminal; a line at each logging step elsewhere."""
 
-    def __init__(self, traffic: Traffic, log: RunLog) -> None:
+    def __init__(self, traffic: Traffic, log: RunLog, *, done: int = 0) -> None:
         self.traffic, self.log = traffic, log
+        self._done = done  # steps of earlier rounds, in a federation
         self.trainer: SplitTrainer | None = None
         self.console = Console(file=sys.stderr, stderr=True)
         self.meter = Meter()
@@ -82,7 +83,7 @@ class TrainingProgress(TrainerCallback):
         seconds = now - since
         self.log.write(
             "train",
-            step=state.global_step,
+            step=self._done + state.global_step,
             epoch=logs.get("epoch"),
             loss=logs["loss"],
             learning_rate=logs.get("learning_rate"),

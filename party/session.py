@@ -7,17 +7,19 @@ mechanism drew at random is ever drawn twice for one request.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias, cast
 
 import torch
 
+from party import refused
 from splitfl.cut import Plan
-from splitfl.errors import RefusedError, ResourceError, SplitflError, UnreachableError, printable
+from splitfl.errors import RefusedError, ResourceError, SplitflError
 from splitfl.link import TrunkRequest
 from splitfl.privacy.disclosure import Disclosure
 from splitfl.wire import frames as wire
@@ -30,23 +32,31 @@ from splitfl.wire.messages import (
     Closed,
     CodingName,
     DtypeName,
+    Fetch,
     Forward,
     FromOwner,
     FromParty,
+    Piece,
     Refused,
     Release,
     TensorName,
     Welcome,
     kind,
 )
+from splitfl.wire.pieces import Part
 from splitfl.wire.session import PartySession, State, Terms, Turn
 
 Memory: TypeAlias = Literal["keep", "recompute"]
 Tap: TypeAlias = Callable[[str, Sequence[Frame]], None]
 """Sees every message that crosses: ``"sent"`` or ``"received"``, and its frames."""
 
+Received: TypeAlias = tuple[FromOwner, Sequence[Frame], Turn]
+Pieces: TypeAlias = dict[int, tuple[Piece, torch.Tensor]]
+"""Step of a fetch to what answered it."""
+
 _RESEND_AFTER_S = 60.0
 _GOODBYE_S = 2.0
+FETCHES_AT_ONCE = 4  # on a long road the next part is asked for before the last one has come; see MAX_FETCHES
 LARGEST_BATCH_TOKENS = 65_536  # B x T; what the party takes from an owner in one message is sized by it
 
 
@@ -178,6 +188,26 @@ class Session:
         """See `splitfl.link.TrunkLink`. Goes out with the next request: garbage collection may call this anywhere."""
         self._to_release.append((caches, steps))
 
+    def fetch(self, parts: Iterable[Part]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """The answer to each of `parts` and its bytes, uint8 [N], in their order; a few are on their way at a time.
+
+        Raises:
+            RefusedError, UnreachableError, WireError: as their names say.
+        """
+        self._listen()
+        left, asked, came = iter(parts), dict[int, list[Frame]](), Pieces()
+        while True:
+            for file, offset, length in itertools.islice(left, FETCHES_AT_ONCE - len(asked)):
+                self._steps += 1
+                message = Fetch(session=self.terms.session, step=self._steps, file=file, offset=offset, length=length)
+                asked[self._steps] = self._send(message, {})
+            if not asked:
+                return
+            first = next(iter(asked))
+            self._await_piece(first, asked, came)
+            del asked[first]
+            yield came.pop(first)
+
     # ---- sending
 
     def _check_size(self, request: TrunkRequest) -> None:
@@ -232,20 +262,50 @@ class Session:
                 return tensors
             now = time.monotonic()
             if now >= deadline:  # an owner that talks of other things all the time is as good as silent
-                raise self._silence(kind(message))
+                raise refused.silence(self.socket.address, kind(message), self.timeout_s)
             if got is None and (now >= resend_at or self.socket.links > links):
                 self._put(frames)
                 resend_at = now + _RESEND_AFTER_S
 
+    def _await_piece(self, first: int, asked: dict[int, list[Frame]], came: Pieces) -> None:
+        """Receive into `came` what was `asked`, until step `first` is there."""
+        deadline = time.monotonic() + self.timeout_s
+        resend_at = time.monotonic() + _RESEND_AFTER_S
+        while first not in came:
+            links = self.socket.links
+            got = self._receive(min(deadline, resend_at))
+            again = got is not None and self._take_piece(got, asked, came)
+            now = time.monotonic()
+            if first not in came and now >= deadline:
+                raise refused.silence(self.socket.address, "fetch", self.timeout_s)
+            if again or (got is None and (now >= resend_at or self.socket.links > links)):
+                resend_at = now + _RESEND_AFTER_S
+                for frames in (frames for step, frames in asked.items() if step not in came):
+                    self.talk.send(wire.open_header(frames, sender="party"))
+                    self._put(frames)
+
+    def _take_piece(self, got: Received, asked: dict[int, list[Frame]], came: Pieces) -> bool:
+        """Note what came; whether everything has to be asked for again."""
+        answer, frames, _ = got
+        if isinstance(answer, Closed):
+            raise refused.closed()
+        if isinstance(answer, Refused):
+            if answer.code != "unknown_session":
+                raise refused.as_error(answer)
+            self._start_over()
+        elif isinstance(answer, Piece) and answer.step in asked:
+            came[answer.step] = answer, wire.tensors_of(answer, frames)["piece"]
+        return isinstance(answer, Refused)
+
     def _take(
-        self, got: tuple[FromOwner, Sequence[Frame], Turn], message: Forward | Backward, frames: list[Frame]
+        self, got: Received, message: Forward | Backward, frames: list[Frame]
     ) -> dict[TensorName, torch.Tensor] | None:
         """The tensors, if what came is the answer to `message`; otherwise do what it calls for."""
         answer, answer_frames, turn = got
         if isinstance(answer, Refused):
             self._recover(answer, message, frames)
         elif isinstance(answer, Closed):
-            raise _closed()
+            raise refused.closed()
         elif turn is Turn.NEW and getattr(answer, "step", None) == message.step:
             return wire.tensors_of(answer, answer_frames)
         return None
@@ -254,11 +314,11 @@ class Session:
         """Hear what the owner said unasked since the last answer: that it stops, or that the key is revoked."""
         while (got := self._receive(0.0)) is not None:
             if isinstance(got[0], Closed):
-                raise _closed()
+                raise refused.closed()
             if isinstance(got[0], Refused) and got[0].code == "revoked":
-                raise _as_error(got[0])
+                raise refused.as_error(got[0])
 
-    def _receive(self, until: float) -> tuple[FromOwner, Sequence[Frame], Turn] | None:
+    def _receive(self, until: float) -> Received | None:
         """The next message of the owner, checked; None if none came in time."""
         frames = self.socket.receive(max(0.0, until - time.monotonic()))
         if frames is None:
@@ -283,13 +343,12 @@ class Session:
             gradient_coding=self.terms.gradient_coding,
         )
 
-    def _recover(self, refused: Refused, message: Forward | Backward, frames: list[Frame]) -> None:
+    def _recover(self, said: Refused, message: Forward | Backward, frames: list[Frame]) -> None:
         """Do what a refusal allows to be done about it, or raise it."""
-        if refused.code == "unknown_session":  # the owner restarted, or the lease ran out
-            self.talk = PartySession(self.terms, self.disclosure)
-            self._say_hello()
-        elif refused.code != "unknown_step" or not isinstance(message, Backward):
-            raise _as_error(refused)
+        if said.code == "unknown_session":  # the owner restarted, or the lease ran out
+            self._start_over()
+        elif said.code != "unknown_step" or not isinstance(message, Backward):
+            raise refused.as_error(said)
         if isinstance(message, Backward):
             self._hold_again(message.step)
         elif message.cache is not None and message.past:
@@ -300,6 +359,11 @@ class Session:
             )
         self.talk.send(wire.open_header(frames, sender="party"))
         self._put(frames)
+
+    def _start_over(self) -> None:
+        """The same session again, at an owner that has forgotten it."""
+        self.talk = PartySession(self.terms, self.disclosure)
+        self._say_hello()
 
     def _hold_again(self, step: int) -> None:
         """Make the owner hold `step` for its backward if it does not: send the forward's bytes again."""
@@ -328,31 +392,8 @@ class Session:
                 self.welcome = got[0]
                 return got[0]
             if got is not None and isinstance(got[0], Refused) and got[2] is Turn.NEW:
-                raise _as_error(got[0])
+                raise refused.as_error(got[0])
             if time.monotonic() >= deadline:
-                raise self._silence("hello")
+                raise refused.silence(self.socket.address, "hello", self.timeout_s)
             if got is None and self.socket.links > links:
                 self._send(self.terms.hello(), {})
-
-    def _silence(self, word: str) -> UnreachableError:
-        return UnreachableError(
-            f"The owner at {self.socket.address} did not answer a {word} within {self.timeout_s:.0f} s.",
-            hint="see whether the owner still serves and the link is up, then start again with --resume; "
-            "a slow owner needs a larger --timeout",
-        )
-
-
-def _closed() -> RefusedError:
-    return RefusedError(
-        "The owner has closed the session.",
-        code="draining",
-        hint="start again with --resume once the owner is back",
-    )
-
-
-def _as_error(refused: Refused) -> SplitflError:
-    """A refusal as the exception that the party's caller sees; the owner's words are escaped."""
-    problem = f"The owner refused: {printable(refused.problem)}"
-    expected = printable(refused.expected) if refused.expected else None
-    hint = printable(refused.hint) if refused.hint else None
-    return RefusedError(problem, code=refused.code, expected=expected, hint=hint)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from party.bookkeeping import DataSet, run_name
 from party.evaluate import Score, evaluate
+from party.fetch import since_fetch
 from party.model import check_device, resolve_dtype
 from party.offline import plan_offline
 from party.opening import Preparation, data_set, open_book, prepare, say
@@ -60,6 +61,7 @@ def tune(settings: TuneSettings) -> int:
         torch.set_num_threads(settings.threads)
     check_device(settings.device)
     kit = open_kit(settings.kit)
+    settings = since_fetch(settings)
     run = RunDirectory(settings.out)
     run.check(resume=settings.resume)
     checkpoint = run.latest_checkpoint(kit.plan) if settings.resume else None
@@ -67,7 +69,11 @@ def tune(settings: TuneSettings) -> int:
     say(f"train: {data.train.counts}")
     longest = max(len(example["input_ids"]) for example in data.train)
     preparation: Preparation
-    if protocol_named(settings.protocol).offline:
+    if protocol_named(settings.protocol).whole:
+        from party.whole import plan_whole  # it stands on what this file needs
+
+        preparation = plan_whole(settings)
+    elif protocol_named(settings.protocol).offline:
         preparation = plan_offline(settings, kit, data.train_set)
     else:
         preparation = prepare(settings, kit, longest, len(data.train))
@@ -77,6 +83,13 @@ def tune(settings: TuneSettings) -> int:
         if settings.label_epsilon is not None:
             book.charge_labels(data.train_set.fingerprint, settings.label_epsilon)
             randomise_classes(settings, kit, run, data)
+        if settings.federate is not None:
+            from party.federated import tune_in_rounds  # it stands on this file
+            from party.federated_kd import distil_in_rounds
+
+            if preparation.protocol.distils:
+                return distil_in_rounds(settings, kit, run, data, preparation, place, book)
+            return tune_in_rounds(settings, kit, run, data, preparation, place, book)
         return _train(settings, kit, run, data, preparation, place, checkpoint)
 
 
@@ -95,11 +108,7 @@ def read_data(settings: TuneSettings, kit: Kit) -> Data:
         )
     tokenizer = kit.tokenizer()
     columns = settings.column_map()
-    options: dict[str, Any] = {
-        "max_length": settings.max_length or limit or _LONGEST_WITHOUT_LIMIT,
-        "answer_only": settings.answer_only,
-        "truncation": settings.truncation,
-    }
+    options = reading_options(settings, kit)
     label2id = dict(kit.config.label2id or {}) if kit.plan.task == "sequence-classification" else None
     person = settings.person_column
     rows = load_rows(settings.train, columns=columns, task=kit.plan.task, label2id=label2id, person_column=person)
@@ -126,6 +135,15 @@ def read_data(settings: TuneSettings, kit: Kit) -> Data:
         train_set=data_set(rows, train, settings.train),
         held_out_set=held_out_set,
     )
+
+
+def reading_options(settings: TuneSettings, kit: Kit) -> dict[str, Any]:
+    """How rows become tokens in this run: keyword arguments for `tokenise`."""
+    return {
+        "max_length": settings.max_length or kit.plan.max_length or _LONGEST_WITHOUT_LIMIT,
+        "answer_only": settings.answer_only,
+        "truncation": settings.truncation,
+    }
 
 
 def randomise_classes(settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data) -> None:

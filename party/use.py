@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from party.bookkeeping import DataSet, run_name
 from party.evaluate import evaluate
@@ -23,8 +23,10 @@ from party.protect import BatchRows, Guard, RowTracker, numbered
 from party.rundir import RunDirectory
 from party.session import Session
 from protocols import protocol_named
+from splitfl.adapter_check import Adapter, check_adapter, plug_in
 from splitfl.adapters import open_adapter
 from splitfl.config import EvaluateSettings, GenerateSettings, TuneSettings
+from splitfl.config_offsite import LARGEST_CHANGE
 from splitfl.data import Collator, encode_prompt, load_rows, tokenise
 from splitfl.errors import DataError, UsageError
 from splitfl.kit import Kit, open_kit
@@ -57,21 +59,39 @@ def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = T
     if tuned.threads:
         torch.set_num_threads(tuned.threads)
     kit = open_kit(tuned.kit)
+    given = _given_adapter(settings, kit)  # what does not fit is refused before anybody is spoken to
+
+    def adapted(model: PreTrainedModel) -> Any:
+        if not adapter:
+            return model
+        return open_adapter(model, run.adapter).eval() if given is None else plug_in(model, given, kit.plan)
+
     if protocol_named(tuned.protocol).offline:
         say(f"{WITH_EMULATOR}, not with the owner's model: what the adapter does there, the owner finds out")
-        model: Any = emulated_model(tuned, kit, find_emulator(tuned, kit))
-        model.config.use_cache = True
-        if adapter:
-            model = open_adapter(model, run.adapter).eval()
-        yield TunedModel(run=tuned, kit=kit, session=None, guard=None, model=model, tokenizer=kit.tokenizer())
+        emulated = emulated_model(tuned, kit, find_emulator(tuned, kit))
+        emulated.config.use_cache = True
+        yield TunedModel(
+            run=tuned, kit=kit, session=None, guard=None, model=adapted(emulated), tokenizer=kit.tokenizer()
+        )
         return
     preparation = prepare(tuned, kit, tuned.max_length or kit.plan.max_length or 2048)
     with contextlib.closing(connect(tuned, kit, preparation.protection)) as session:
         guard = guarded(tuned, session, preparation.protection, None)
-        model = open_model(kit, guard, dtype=tuned.dtype, device=tuned.device)
-        if adapter:
-            model = open_adapter(model, run.adapter).eval()
+        model = adapted(open_model(kit, guard, dtype=tuned.dtype, device=tuned.device))
         yield TunedModel(run=tuned, kit=kit, session=session, guard=guard, model=model, tokenizer=kit.tokenizer())
+
+
+def _given_adapter(settings: EvaluateSettings | GenerateSettings, kit: Kit) -> Adapter | None:
+    """The adapter that was named, checked as an owner checks one; None if it is to be the run's own."""
+    if settings.adapter is None:
+        return None
+    checked = check_adapter(settings.adapter, kit, max_norm=settings.max_norm or LARGEST_CHANGE)
+    change = checked.change
+    say(
+        f"adapter {checked.name}: rank {checked.config.r}, digest {checked.digest}; it changes weights by "
+        f"{change.total:.3g} times their norm together, {change.where} most, by {change.largest:.3g} times"
+    )
+    return checked
 
 
 @contextlib.contextmanager
@@ -139,7 +159,8 @@ def evaluate_run(settings: EvaluateSettings) -> None:
                 on_batch=tracker.scoring,
             )
         seconds = time.monotonic() - started
-    case = settings.split if opened.guard is not None else f"{settings.split} {WITH_EMULATOR}"
+    case = "with --adapter" if settings.adapter is not None else str(settings.split)
+    case = case if opened.guard is not None else f"{case} {WITH_EMULATOR}"
     units = {"loss": "nats", "counted": "tokens" if kit.plan.task == "causal-lm" else "rows", "accuracy": "share"}
     results = [
         Result(case=case, metric=name, value=value, unit=units.get(name, "")) for name, value in score.facts().items()

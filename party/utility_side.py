@@ -20,21 +20,20 @@ import torch
 from peft import PeftModel
 
 from party.evaluate import Score, evaluate
-from party.model import open_model, resolve_dtype
+from party.model import open_model
+from party.offline import WITH_EMULATOR
 from party.rundir import RunDirectory
 from party.trainer import SplitTrainer
 from party.tune import Data, _training_arguments, read_data, tune
-from splitfl.adapters import add_lora, lora_config
+from party.whole import whole_with_lora
 from splitfl.bench.orders import Line
 from splitfl.bench.side import own_output
 from splitfl.bench.utility_cases import FIGURES, SCORES
 from splitfl.bench.utility_orders import CutMeasured, MeasureCut, Trained, UtilityOrder, UtilityReady
 from splitfl.config import TuneSettings
-from splitfl.cut import Plan
 from splitfl.errors import SplitflError, printable
-from splitfl.kit import DTYPES, Kit, open_kit
+from splitfl.kit import Kit, open_kit
 from splitfl.link import TrunkRequest
-from splitfl.load import model_class, quiet_library
 from splitfl.options import read_config
 from splitfl.quiet import silence_library_warnings
 
@@ -122,8 +121,9 @@ def train_cell(settings: TuneSettings, whole: Path | None) -> dict[str, float]:
 
 def _from_results(results: list[dict[str, Any]]) -> dict[str, float]:
     """The figures of ``splitfl tune --json`` under the benchmark's names."""
-    figures = {r["metric"]: r["value"] for r in results if r["metric"] in FIGURES}
-    figures |= {f"{r['metric']} before": r["reference"] for r in results if r["metric"] in SCORES}
+    named = {r["metric"].removesuffix(f" ({WITH_EMULATOR})"): r for r in results}
+    figures = {name: r["value"] for name, r in named.items() if name in FIGURES}
+    figures |= {f"{name} before": r["reference"] for name, r in named.items() if name in SCORES}
     return figures
 
 
@@ -140,8 +140,8 @@ def train_whole(settings: TuneSettings, model_dir: Path, *, everywhere: bool = T
     kit = open_kit(settings.kit)
     data = read_data(settings, kit)
     started = time.monotonic()
-    plan = msgspec.structs.replace(kit.plan, bottom=kit.plan.layers, top=0) if everywhere else kit.plan
-    model = _with_lora(settings, kit, model_dir, plan)
+    plan = None if everywhere else kit.plan
+    model = whole_with_lora(settings, kit, model_dir, plan)
     run = RunDirectory(settings.out)
     trainer = SplitTrainer(
         model=model,
@@ -163,28 +163,6 @@ def train_whole(settings: TuneSettings, model_dir: Path, *, everywhere: bool = T
         if now is not None:
             figures |= {name: now, f"{name} before": then}
     return figures
-
-
-def _with_lora(settings: TuneSettings, kit: Kit, model_dir: Path, plan: Plan) -> PeftModel:
-    dtype = DTYPES[resolve_dtype(kit, settings.dtype)]
-    with quiet_library():
-        whole, info = model_class(kit.config, kit.plan.task).from_pretrained(
-            model_dir,
-            config=kit.config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        fresh = set(info["missing_keys"]) | {str(entry[0]) for entry in info["mismatched_keys"]}
-        drawn = {name: tensor for name, tensor in kit.load(dtype).state_dict().items() if name in fresh}
-    whole.load_state_dict(drawn, strict=False)
-    whole.requires_grad_(False)
-    whole.config.use_cache = False
-    targets = list(settings.target_modules) or None
-    config = lora_config(whole, plan, **{**settings.lora_kwargs(), "target_modules": targets})
-    return add_lora(whole, config, seed=settings.seed)
 
 
 def _score(settings: TuneSettings, kit: Kit, data: Data, model: PeftModel) -> Score:

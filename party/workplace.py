@@ -79,6 +79,12 @@ def open_workplace(
         with train_offline(settings, kit, run, data, preparation, book) as place:
             yield place
         return
+    if preparation.protocol.whole:
+        from party.whole import train_whole  # it stands on this module
+
+        with train_whole(settings, kit, run, data, preparation, book) as place:
+            yield place
+        return
     opened = _kept_replies if preparation.protocol.sends_once else _over_the_network
     with opened(settings, kit, run, data, preparation, book) as place:
         yield place

@@ -1,5 +1,9 @@
 """The protocols: who holds and trains what, and what may cross. One file a protocol; one lookup."""
 
+from protocols.fed_kd import FED_KD
+from protocols.fed_params import FED_PARAMS
+from protocols.fed_split import FED_SPLIT
+from protocols.fedmod import FEDMOD
 from protocols.guarded_gradfree import GUARDED_GRADFREE
 from protocols.guarded_offline import GUARDED_OFFLINE
 from protocols.guarded_online import GUARDED_ONLINE
@@ -7,9 +11,14 @@ from protocols.record import Protocol
 from protocols.split import SPLIT
 from splitfl.errors import UsageError, nearest
 
-PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (SPLIT, GUARDED_ONLINE, GUARDED_GRADFREE, GUARDED_OFFLINE)}
+PROTOCOLS: dict[str, Protocol] = {
+    p.name: p for p in (SPLIT, GUARDED_ONLINE, GUARDED_GRADFREE, GUARDED_OFFLINE, FED_PARAMS, FED_KD, FED_SPLIT)
+}
 
-__all__ = ["PROTOCOLS", "Protocol", "protocol_named"]
+PEER_PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (FEDMOD,)}
+"""Those without an owner: no session serves them."""
+
+__all__ = ["PEER_PROTOCOLS", "PROTOCOLS", "Protocol", "protocol_named"]
 
 
 def protocol_named(name: str) -> Protocol:
@@ -18,6 +27,8 @@ def protocol_named(name: str) -> Protocol:
     Raises:
         UsageError: no such protocol; names the closest.
     """
+    if name in PEER_PROTOCOLS:
+        raise UsageError(f"Protocol {name!r} has no owner to train with.", hint=f"run `splitfl {name}`")
     if name not in PROTOCOLS:
         raise UsageError(f"There is no protocol {name!r}.", hint=nearest(name, PROTOCOLS))
     return PROTOCOLS[name]

@@ -58,4 +58,61 @@ def backward(how_often: str) -> tuple[Crossing, ...]:
     )
 
 
+def handout() -> tuple[Crossing, ...]:
+    """Files of the emulator down, and what asks for them."""
+    once = "before training, in parts, until all of the emulator has come"
+    return (
+        _one("fetch", UP, "which bytes of which file of the emulator are wanted; nothing of a row", once),
+        _one("piece", DOWN, "those bytes: some of the trunk's layers, compressed", once, "piece"),
+    )
+
+
+def rounds() -> tuple[Crossing, ...]:
+    """What crosses between a party and the coordinator of a federation."""
+    up: Direction = "party to coordinator"
+    down: Direction = "coordinator to party"
+    once = "once a round, and the same bytes again if a round begins anew"
+    return (
+        _one("enter", up, "digests of model, cut, rule and adapter layout; the number of training rows", "once"),
+        _one(
+            "put",
+            up,
+            "the adapter's values (and a new head's) after training on the rows: as they are with --sum plain, masked "
+            "or encrypted otherwise; keys, shares and signatures of the sum",
+            once,
+            "update",
+        ),
+        _one("report", up, "scores on held-out rows, their number, a digest of the next state", "once a round"),
+        _one("piece", down, "the result of the sum, and states of the federation", once, "update"),
+        _one("task", down, "what is to be done next, and who takes part", "whenever it is asked for"),
+    )
+
+
+def distillation() -> tuple[Crossing, ...]:
+    """What crosses between a party and the coordinator where models learn from what all say about public rows."""
+    up: Direction = "party to coordinator"
+    down: Direction = "coordinator to party"
+    once = "once a round, and the same bytes again if a round begins anew"
+    return (
+        _one(
+            "enter",
+            up,
+            "digests of the public rows, the tokenizer, the classes and what is sent; the number of training rows",
+            "once",
+        ),
+        _one(
+            "put",
+            up,
+            "for each position of the public rows the likeliest tokens or classes and their log-probabilities, as this "
+            "party's tuned model has them: as they are with --sum plain, masked otherwise; the party's weight; keys, "
+            "shares and signatures of a masked sum",
+            once,
+            "logits",
+        ),
+        _one("report", up, "scores on held-out rows, their number, a digest of the mean", "once a round"),
+        _one("piece", down, "the mean over the parties of what models say about the public rows", once, "logits"),
+        _one("task", down, "what is to be done next, and who takes part", "whenever it is asked for"),
+    )
+
+
 NEVER = ("rows, text or token ids", "labels or the loss", "adapter weights", "any tensor of the trunk")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from protocols import PROTOCOLS
+from protocols import PEER_PROTOCOLS, PROTOCOLS
 from protocols.record import Protocol
 from splitfl.bench.utility_section import section as utility_section
 from splitfl.privacy.disclosure import Crossing
@@ -24,7 +24,7 @@ and every tensor that its protocol does not list here. [wire.md](wire.md#message
 
 def page() -> str:
     """The whole page as Markdown."""
-    sections = (line for protocol in PROTOCOLS.values() for line in _section(protocol))
+    sections = (line for protocol in (PROTOCOLS | PEER_PROTOCOLS).values() for line in _section(protocol))
     return "\n".join([_HEAD, *_overview(), *sections, *_utility()])
 
 
@@ -41,6 +41,12 @@ def _overview() -> Iterator[str]:
         crossings = protocol.disclosure.crossings
         up, down = (_tensors(c for c in crossings if c.direction.startswith(side)) for side in ("party", "owner"))
         yield _row(f"[`{protocol.name}`](#{protocol.name})", protocol.party_trains, up, down)
+    yield ""
+    yield "| protocol without an owner | each peer trains | tensors between peers |"
+    yield "|---|---|---|"
+    for protocol in PEER_PROTOCOLS.values():
+        between = _tensors(protocol.disclosure.crossings)
+        yield _row(f"[`{protocol.name}`](#{protocol.name})", protocol.party_trains, between)
     yield ""
 
 

@@ -24,6 +24,12 @@ class Protocol:
     """Whether each row is sent once, and the trunk's reply is kept by the party for all epochs."""
     offline: bool = False
     """Whether the party trains without a session, on an emulator of the trunk."""
+    whole: bool = False
+    """Whether the party holds the whole model itself, and no owner is asked for anything."""
+    federated: bool = False
+    """Whether it only makes sense with other parties, in rounds."""
+    distils: bool = False
+    """Whether what models say about public rows is shared, and no weights are."""
     quantise: Literal["none", "int8", "int4"] = "none"
     """Coding of what the party sends, unless the run chooses another."""
     decorrelate: float = 0.0

@@ -6,9 +6,11 @@ indices, so `PeftModel.from_pretrained(full_model, directory)` puts nothing into
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -173,6 +175,19 @@ def tuned_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def adapter_to_vector(model: nn.Module) -> torch.Tensor:
     """All tuned parameters end to end, float32 [P] on the CPU."""
     return torch.cat([p.detach().reshape(-1).to("cpu", torch.float32) for _, p in tuned_parameters(model)])
+
+
+def adapter_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What an adapter is called in a ledger and in talk: BLAKE2b (16 bytes, hexadecimal) of its stored tensors.
+
+    Names, dtypes, shapes and values count, the order of the tensors does not: the holder has it before the adapter is
+    written, the owner from the file.
+    """
+    digest = hashlib.blake2b(digest_size=16, person=b"splitfl adapter")
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def vector_to_adapter(model: nn.Module, vector: torch.Tensor) -> None:

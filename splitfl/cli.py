@@ -15,6 +15,7 @@ from splitfl.config import (
     EvaluateSettings,
     GenerateSettings,
     KeysAllow,
+    KeysIdentity,
     KeysNew,
     KeysRevoke,
     KeysShow,
@@ -22,7 +23,9 @@ from splitfl.config import (
     ServeSettings,
     TuneSettings,
 )
-from splitfl.config_offsite import EmulatorSettings, PluginSettings
+from splitfl.config_federation import FederateSettings
+from splitfl.config_mesh import FedmodSettings
+from splitfl.config_offsite import EmulatorSettings, FetchSettings, MarginSettings, PluginSettings
 from splitfl.config_privacy import LedgerBudget, LedgerExport, LedgerShow
 from splitfl.options import command, run_app
 from splitfl.quiet import silence_library_warnings
@@ -61,12 +64,25 @@ def _keys_new(settings: KeysNew) -> None:
 
 
 def _keys_show(settings: KeysShow) -> None:
-    from splitfl.wire.keys import fingerprint, load_public
+    from splitfl.wire.keys import find_signing, fingerprint, load_public
+    from splitfl.wire.signing import signing_fingerprint
 
     for path in settings.paths:
         files = sorted(path.glob("*.key")) if path.is_dir() else [path]
         for file in files:
             print(f"{fingerprint(load_public(file))}  {file}")
+            signing = find_signing(file)
+            if signing is not None:
+                print(f"{signing_fingerprint(signing)}  {file} (signing)")
+
+
+def _keys_identity(settings: KeysIdentity) -> None:
+    from splitfl.wire.keys import load_signing, renew_public
+    from splitfl.wire.signing import signing_fingerprint
+
+    public = renew_public(settings.key)
+    print(f"public  {public}   give this one away again: it holds the signing key now")
+    print(f"signing fingerprint  {signing_fingerprint(load_signing(public))}")
 
 
 def _keys_allow(settings: KeysAllow) -> None:
@@ -113,11 +129,23 @@ def _emulator(settings: EmulatorSettings) -> int:
     return make_emulator(settings)
 
 
+def _fetch(settings: FetchSettings) -> None:
+    from party.fetch import fetch
+
+    fetch(settings)
+
+
 def _plugin(settings: PluginSettings) -> None:
     from model_owner.plugin import plugin
     from party.evaluate import evaluate
 
     plugin(settings, evaluate)
+
+
+def _margin(settings: MarginSettings) -> int:
+    from model_owner.margin import measure_margin
+
+    return measure_margin(settings)
 
 
 def _serve(settings: ServeSettings) -> None:
@@ -126,10 +154,22 @@ def _serve(settings: ServeSettings) -> None:
     serve(settings)
 
 
+def _federate(settings: FederateSettings) -> int:
+    from model_owner.rounds.federate import federate
+
+    return federate(settings)
+
+
 def _tune(settings: TuneSettings) -> int:
     from party.tune import tune
 
     return tune(settings)
+
+
+def _fedmod(settings: FedmodSettings) -> int:
+    from party.fedmod import fedmod
+
+    return fedmod(settings)
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
@@ -164,6 +204,7 @@ def _bench(settings: BenchSettings) -> None:
 
 command(keys, KeysNew, "new", _keys_new)
 command(keys, KeysShow, "show", _keys_show)
+command(keys, KeysIdentity, "identity", _keys_identity)
 command(keys, KeysAllow, "allow", _keys_allow)
 command(keys, KeysRevoke, "revoke", _keys_revoke)
 command(ledger, LedgerShow, "show", _ledger_show)
@@ -171,9 +212,13 @@ command(ledger, LedgerBudget, "budget", _ledger_budget)
 command(ledger, LedgerExport, "export", _ledger_export)
 command(app, KitSettings, "kit", _kit)
 command(app, EmulatorSettings, "emulator", _emulator)
+command(app, FetchSettings, "fetch", _fetch)
 command(app, PluginSettings, "plugin", _plugin)
+command(app, MarginSettings, "margin", _margin)
 command(app, ServeSettings, "serve", _serve)
 command(app, TuneSettings, "tune", _tune)
+command(app, FederateSettings, "federate", _federate)
+command(app, FedmodSettings, "fedmod", _fedmod)
 command(app, EvaluateSettings, "evaluate", _evaluate)
 command(app, GenerateSettings, "generate", _generate)
 command(app, DoctorSettings, "doctor", _doctor)

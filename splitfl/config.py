@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from splitfl.bench.utility_settings import UtilitySettings
+from splitfl.bench.offsite_settings import OffsiteSettings
 from splitfl.config_common import (
     ADAPTER,
     ADDRESS,
@@ -36,12 +36,13 @@ from splitfl.config_common import (
     Threads,
     Timeout,
     Truncation,
+    check_link,
 )
+from splitfl.config_federation import WHOLE_PROTOCOLS, FederatedTuning
 from splitfl.config_privacy import OFFLINE_PROTOCOL, ProtectionSettings
 from splitfl.errors import UsageError
 from splitfl.options import Panel, Settings, above, at_least, between, fields_of
 from splitfl.options.values import (
-    on_loopback,
     parse_pairs,
     training_arguments,
 )
@@ -60,6 +61,13 @@ class KeysShow(Settings):
     """Show the fingerprints of key files and allow-lists."""
 
     paths: Annotated[tuple[Path, ...], typer.Argument(help="Key files, or directories of them.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysIdentity(Settings):
+    """Write NAME.key again, with the key that signs in secure sums: for pairs made before there was one."""
+
+    key: Annotated[Path, typer.Argument(help="The party's own secret key file (NAME.key_secret).")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +126,7 @@ class ServeSettings(Settings):
     key: Annotated[Path | None, "The owner's secret key (NAME.key_secret).", LINK] = None
     parties: Annotated[Path | None, "Directory of the parties' public keys: the allow-list.", LINK] = None
     insecure_loopback: Annotated[bool, "No encryption and no keys; on a loopback address only.", LINK] = False
+    emulator: Annotated[Path | None, "Emulator directory to hand out, for guarded-offline. Default: none."] = None
     device: Device = "cpu"
     dtype: Annotated[Dtype, "Type of the trunk's weights; auto is the plan's.", MACHINE] = "auto"
     threads: Threads = None
@@ -135,18 +144,18 @@ class ServeSettings(Settings):
 
     def check(self) -> None:
         """Refuse an open channel beyond loopback, and an encrypted one without keys."""
-        _check_link(self.insecure_loopback, self.bind, {"--key": self.key, "--parties": self.parties})
+        check_link(self.insecure_loopback, self.bind, {"--key": self.key, "--parties": self.parties})
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneSettings(ProtectionSettings):
+class TuneSettings(ProtectionSettings, FederatedTuning):
     """Train adapters on your own rows, with the owner's trunk in the middle. Writes a run directory."""
 
     kit: Annotated[Path, "Kit directory, as received from the owner."]
     out: Annotated[Path, "Run directory to write."]
     resume: Annotated[bool, "Continue from the last checkpoint in the run directory."] = False
     protocol: Annotated[str, "Which design to run: what crosses, under which mechanism."] = "split"
-    emulator: Annotated[Path | None, "Emulator directory, for guarded-offline, which needs no owner."] = None
+    emulator: Annotated[Path | None, "Emulator directory, for guarded-offline. Default: --owner's, fetched."] = None
     json: JsonFile = None
 
     owner: Annotated[str | None, "Address of the owner, tcp://HOST:PORT.", REMOTE, LINK] = None
@@ -209,9 +218,14 @@ class TuneSettings(ProtectionSettings):
 
     def check(self) -> None:
         """Refuse an open channel beyond loopback, zero steps, and unknown training arguments."""
-        self.check_route(self.protocol, self.emulator)
-        if self.protocol != OFFLINE_PROTOCOL:
-            _check_link(self.insecure_loopback, self.owner, {"--owner-key": self.owner_key, "--key": self.key})
+        self.check_route(self.protocol, self.emulator, self.owner)
+        self.check_federation(self.protocol, self.key, self.r)
+        self.check_bounds(self.protocol, self.first_of_dp_sgd, self.dp_freeze_a)
+        self.check_unbounded(self.protocol, self.first_of_dp_sgd, self.sum_noise)
+        whole = self.protocol in WHOLE_PROTOCOLS
+        needs_owner = not whole and (self.protocol != OFFLINE_PROTOCOL or self.emulator is None)
+        if needs_owner:
+            check_link(self.insecure_loopback, self.owner, {"--owner-key": self.owner_key, "--key": self.key})
         self.column_map()
         self.check_protection()
         if self.hide_lengths and (self.padding_side != "right" or self.max_length is None):
@@ -275,12 +289,19 @@ class WithRun(Settings):
     json: JsonFile = None
     kit: Annotated[Path | None, "Kit directory. Default: as in the run."] = None
     emulator: Annotated[Path | None, "Emulator of an offline run. Default: as in the run."] = None
+    adapter: Annotated[Path | None, "Another adapter, such as `splitfl plugin` wrote. Default: the run's."] = None
+    max_norm: Annotated[float | None, "Largest change by --adapter, as for `splitfl plugin`.", above(0)] = None
     owner: Annotated[str | None, "Address of the owner. Default: as in the run.", REMOTE, LINK] = None
     owner_key: Annotated[Path | None, "The owner's public key. Default: as in the run.", LINK] = None
     key: Annotated[Path | None, "Your own secret key. Default: as in the run.", LINK] = None
     timeout: Timeout = 120.0
     device: Device = "cpu"
     threads: Threads = None
+
+    def check(self) -> None:
+        """Refuse a limit for an adapter that was not named."""
+        if self.max_norm is not None and self.adapter is None:
+            raise UsageError("--max-norm has no effect without --adapter.", hint="name an adapter, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +326,7 @@ class GenerateSettings(WithRun):
 
     def check(self) -> None:
         """Refuse no prompt or two, and sampling options without sampling."""
+        super().check()
         if (self.prompt is None) == (self.prompt_file is None):
             came = "neither" if self.prompt is None else "both"
             raise UsageError(f"Of --prompt and --prompt-file, {came} was given.", expected="exactly one of them")
@@ -328,8 +350,11 @@ class EvaluateSettings(WithRun):
     truncation: Annotated[Truncation | None, "Rows that are too long. Default: as in the run.", ROWS] = None
 
     def check(self) -> None:
-        """Refuse a column that is mapped twice."""
+        """Refuse a column that is mapped twice, and an adapter for the model without one."""
+        super().check()
         self.column_map()
+        if self.adapter is not None and self.split == "base":
+            raise UsageError("--split base measures the model without an adapter.", hint="leave --adapter out")
 
     def column_map(self) -> dict[str, str]:
         """Our name of a field to the file's name of its column."""
@@ -359,10 +384,11 @@ class DemoSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSettings(UtilitySettings):
-    """Measure speed and size (split), or what protection costs (utility), always beside a reference of the same run."""
+class BenchSettings(OffsiteSettings):
+    """Measure speed and size (split), what protection costs (utility), what offsite tuning is worth (offsite), or the
+    rules of combining adapters (rules)."""
 
-    name: Annotated[str, typer.Argument(help="Which benchmark to run: split or utility.")]
+    name: Annotated[str, typer.Argument(help="Which benchmark to run: split, utility, offsite or rules.")]
     models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", NOT_EMPTY] = ("S", "M", "L")
     shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", SHAPE] = ("8x128", "4x512")
     work: Annotated[Literal["all", "train", "generate"], "What to measure."] = "all"
@@ -370,25 +396,8 @@ class BenchSettings(UtilitySettings):
     steps: Annotated[int, "Steps or generations to measure in each case, after the warm-up.", at_least(1)] = 10
     new_tokens: Annotated[int, "Tokens that one generation writes.", between(2, 512)] = 64
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], "Type of computation and wire.", MACHINE] = "float32"
-    cache: Annotated[Path | None, "Keep the checkpoints here. Default: made for this run and removed."] = None
+    cache: Annotated[
+        Path | None, "Keep checkpoints, or kits and emulators, here. Default: made for this run alone."
+    ] = None
     resume: Annotated[bool, "Leave out the cases whose figures are in the --json file already."] = False
     json: JsonFile = None
-
-
-def _check_link(insecure: bool, address: str | None, keys: dict[str, Path | None]) -> None:
-    if address is None:
-        raise UsageError("Missing option --owner.", expected="the address that the owner's `splitfl serve` printed")
-    if insecure and not on_loopback(address):
-        raise UsageError(
-            f"--insecure-loopback was given, but {address} is not a loopback address.",
-            expected="tcp://127.0.0.1:PORT or tcp://[::1]:PORT",
-            hint="leave --insecure-loopback out, and use keys",
-        )
-    for option, path in keys.items():
-        if insecure and path is not None:
-            raise UsageError(f"{option} has no effect with --insecure-loopback.", hint="give one of the two")
-        if not insecure and path is None:
-            raise UsageError(
-                f"Missing option {option}.",
-                hint="make keys with `splitfl keys new NAME`; the option may also stand in a file given with --config",
-            )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+from splitfl.errors import UsageError
 from splitfl.options import Check, Panel, above, at_least
-from splitfl.options.values import is_address, is_device, is_shape, is_size, parse_address
+from splitfl.options.values import is_address, is_device, is_shape, is_size, on_loopback, parse_address
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Memory: TypeAlias = Literal["keep", "recompute"]
@@ -44,3 +45,32 @@ LedgerFile: TypeAlias = Annotated[Path | None, "Ledger file. Default: $SPLITFL_L
 Columns: TypeAlias = Annotated[
     tuple[str, ...], "FIELD=COLUMN: read FIELD from another column of the file. May be repeated.", PAIR, ROWS
 ]
+
+
+def check_link(insecure: bool, address: str | None, keys: dict[str, Path | None]) -> None:
+    """Refuse an open channel beyond loopback, and an encrypted one without keys.
+
+    Args:
+        insecure: whether no keys are to be used.
+        address: of the owner.
+        keys: option to the file that was given for it.
+
+    Raises:
+        UsageError: it is one of those, or something is missing.
+    """
+    if address is None:
+        raise UsageError("Missing option --owner.", expected="the address that the owner's `splitfl serve` printed")
+    if insecure and not on_loopback(address):
+        raise UsageError(
+            f"--insecure-loopback was given, but {address} is not a loopback address.",
+            expected="tcp://127.0.0.1:PORT or tcp://[::1]:PORT",
+            hint="leave --insecure-loopback out, and use keys",
+        )
+    for option, path in keys.items():
+        if insecure and path is not None:
+            raise UsageError(f"{option} has no effect with --insecure-loopback.", hint="give one of the two")
+        if not insecure and path is None:
+            raise UsageError(
+                f"Missing option {option}.",
+                hint="make keys with `splitfl keys new NAME`; the option may also stand in a file given with --config",
+            )

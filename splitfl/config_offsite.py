@@ -1,4 +1,4 @@
-"""Settings of the commands of offsite-tuning: the emulator that an owner makes, and the adapter that comes back.
+"""Settings of the commands of offsite-tuning: an emulator, the adapter that comes back, and how long the margin lasts.
 
 Nothing heavy is imported here.
 """
@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 import typer
 
 from splitfl.config_common import (
+    LINK,
     NOT_EMPTY,
+    REMOTE,
     ROWS,
     Columns,
     Device,
@@ -21,7 +23,9 @@ from splitfl.config_common import (
     JsonFile,
     MaxLength,
     Threads,
+    Timeout,
     Truncation,
+    check_link,
 )
 from splitfl.errors import UsageError
 from splitfl.options import Check, Panel, Settings, above, at_least, parse_pairs
@@ -29,6 +33,7 @@ from splitfl.options import Check, Panel, Settings, above, at_least, parse_pairs
 CUT = Panel("The cut, where there is no kit yet")
 SMALLER = Panel("Smaller weights")
 DISTIL = Panel("Distillation")
+COPY = Panel("What the holder does")
 LARGEST_CHANGE = 2.0  # of a weight, as a multiple of its norm: tuning changes it by a fraction
 _SHARE = Check(test=lambda share: 0 <= share < 1, expected="0 to below 1")
 
@@ -102,6 +107,24 @@ class EmulatorSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FetchSettings(Settings):
+    """Fetch the emulator that an owner hands out; broken off, the same command goes on where it ended."""
+
+    out: Annotated[Path, typer.Argument(help="Directory to write the emulator to.")]
+    kit: Annotated[Path, "Kit directory, as received from the owner."]
+    owner: Annotated[str, "Address of the owner, tcp://HOST:PORT.", REMOTE, LINK]
+    owner_key: Annotated[Path | None, "The owner's public key (NAME.key).", LINK] = None
+    key: Annotated[Path | None, "Your own secret key (NAME.key_secret).", LINK] = None
+    insecure_loopback: Annotated[bool, "No encryption and no keys; on a loopback address only.", LINK] = False
+    timeout: Timeout = 120.0
+    json: JsonFile = None
+
+    def check(self) -> None:
+        """Refuse an open channel beyond loopback, and an encrypted one without keys."""
+        check_link(self.insecure_loopback, self.owner, {"--owner-key": self.owner_key, "--key": self.key})
+
+
+@dataclass(frozen=True, kw_only=True)
 class PluginSettings(Settings):
     """Check adapters that came back from data holders, plug them into the full model and measure it."""
 
@@ -146,6 +169,60 @@ class PluginSettings(Settings):
             )
         if len({path.resolve() for path in self.adapter}) < len(self.adapter):
             raise UsageError("--adapter names the same directory twice.", hint="say how much it counts with --weights")
+
+    def column_map(self) -> dict[str, str]:
+        """Our name of a field to the file's name of its column."""
+        return parse_pairs(self.columns, "--columns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginSettings(Settings):
+    """How long an owner's margin lasts: what a holder's copy of the emulator is worth once the holder trains it on."""
+
+    out: Annotated[Path, typer.Argument(help="Directory for the report, and for what a measurement resumes from.")]
+    model: Annotated[str, "Model directory.", NOT_EMPTY]
+    kit: Annotated[Path, "The kit that the holder has."]
+    emulator: Annotated[Path, "The emulator that the holder has."]
+    adapter: Annotated[Path | None, "Adapter that the holder tuned; both sides of the margin then have it."] = None
+    max_norm: Annotated[float, "As for `splitfl plugin`.", above(0)] = LARGEST_CHANGE
+    resume: Annotated[bool, "Continue a measurement that was interrupted, or add --queries to one."] = False
+    json: JsonFile = None
+
+    rows: Annotated[Path, "Rows like the holder's own: what the copy is trained on.", ROWS]
+    eval: Annotated[Path | None, "Held-out rows for the margin. Default: every fifth row of --rows.", ROWS] = None
+    text: Annotated[
+        Path | None, "More text that the holder would put to the trunk, when its rows are used up.", ROWS
+    ] = None
+    columns: Columns = ()
+    answer_only: Annotated[bool, "Learn and measure the answers only, not the prompts.", ROWS] = True
+    max_length: MaxLength = None
+    truncation: Annotated[Truncation, "Rows that are too long: refuse them, cut the right end, drop them.", ROWS] = (
+        "error"
+    )
+
+    queries: Annotated[
+        tuple[int, ...],
+        "Tokens that the holder puts to the trunk. May be repeated; a copy without any is always measured.",
+        at_least(1),
+        COPY,
+    ] = (4096, 16384, 65536, 262144)
+    gone_at: Annotated[float, "The margin counts as gone at this share of what it was.", _SHARE, COPY] = 0.1
+    grow: Annotated[bool, "Fill the places of the layers left out with copies of their neighbours first.", COPY] = False
+    steps: Annotated[int, "Steps that each copy is trained.", at_least(1), COPY] = 500
+    learning_rate: Annotated[float, "Peak learning rate.", above(0), COPY] = 1e-4
+    batch_size: Annotated[int, "Rows in one batch.", at_least(1), COPY] = 8
+    eval_steps: Annotated[int, "Steps between two looks at rows kept back.", at_least(1), COPY] = 50
+    save_steps: Annotated[int, "Steps between two checkpoints.", at_least(1), COPY] = 50
+    logging_steps: Annotated[int, "Steps between two records of the loss.", at_least(1), COPY] = 10
+    seed: Annotated[int, "Seed of the order of rows and queries, and of the intervals.", at_least(0), COPY] = 0
+    device: Device = "cpu"
+    threads: Threads = None
+
+    def check(self) -> None:
+        """Refuse a column that is mapped twice, and the same number of queries twice."""
+        self.column_map()
+        if len(set(self.queries)) < len(self.queries):
+            raise UsageError("--queries names the same number of tokens twice.", hint="leave one of them out")
 
     def column_map(self) -> dict[str, str]:
         """Our name of a field to the file's name of its column."""

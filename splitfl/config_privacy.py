@@ -13,12 +13,16 @@ from typing import Annotated, Literal
 import typer
 
 from splitfl.config_common import DELTA, NOT_EMPTY, ROWS, Columns, JsonFile, LedgerFile
+from splitfl.config_federation import WHOLE_PROTOCOLS
 from splitfl.errors import UsageError
 from splitfl.options import Panel, Settings, above, at_least
 from splitfl.options.values import parse_pairs
 
 PROTECTION = Panel("What is done before a tensor leaves (see docs/protocols.md)")
-DP_SGD = Panel("Bound on what the adapter reveals: DP-SGD, with protocol guarded-offline (needs the extra dp)")
+DP_SGD = Panel(
+    "Bound on what the adapter, or every update, reveals: DP-SGD, with guarded-offline, fed-params or dp-lora "
+    "(needs the extra dp)"
+)
 LEDGER = Panel("Ledger and checks")
 OFFLINE_PROTOCOL = "guarded-offline"
 
@@ -105,9 +109,20 @@ class ProtectionSettings(Settings):
         """Whether the adapter is trained with DP-SGD."""
         return self.dp_epsilon is not None or self.dp_noise_multiplier is not None
 
-    def check_route(self, protocol: str, emulator: Path | None) -> None:
+    @property
+    def first_of_dp_sgd(self) -> str | None:
+        """The first option of DP-SGD that was given, as it is spelled."""
+        given = [name for name in _OF_DP_SGD if getattr(self, name)]
+        return _flag(given[0]) if given else None
+
+    def check_route(self, protocol: str, emulator: Path | None, owner: str | None) -> None:
         """Refuse what belongs to training over the network without it, and the other way round."""
         given = [name for name in _OF_DP_SGD if getattr(self, name)]
+        if protocol in WHOLE_PROTOCOLS and emulator is None:
+            self._check_nothing_is_sent(protocol)
+            if given:
+                self._check_dp_sgd(given[0])
+            return
         if protocol != OFFLINE_PROTOCOL:
             if emulator is not None:
                 raise UsageError(
@@ -118,26 +133,27 @@ class ProtectionSettings(Settings):
                 raise UsageError(
                     f"{_flag(given[0])} with protocol {protocol!r}: it bounds what the adapter reveals, and says "
                     "nothing of what is sent of each row while it is trained.",
-                    hint=f"use protocol {OFFLINE_PROTOCOL}; for what is sent there is --noise",
+                    hint=f"use protocol {OFFLINE_PROTOCOL}, or fed-params in a federation; for what is sent there is "
+                    "--noise",
                 )
             return
-        if emulator is None:
+        if emulator is None and owner is None:
             raise UsageError(
-                "Missing option --emulator.",
-                expected="an emulator directory, as received from the owner",
+                "Missing option --emulator, or --owner to fetch one from.",
+                expected="an emulator directory, or the address of an owner that serves with --emulator",
                 hint="the owner makes one with `splitfl emulator OUT`",
             )
-        self._check_nothing_is_sent()
+        self._check_nothing_is_sent(protocol)
         if given:
             self._check_dp_sgd(given[0])
 
-    def _check_nothing_is_sent(self) -> None:
+    def _check_nothing_is_sent(self, protocol: str) -> None:
         """No mechanism has a place where there is nothing that it could be put on."""
         for name in _ON_WHAT_IS_SENT:
             value = getattr(self, name)
             if value not in (None, False, "none"):
                 raise UsageError(
-                    f"{_flag(name)} with protocol {OFFLINE_PROTOCOL!r}: no activation, gradient or label is sent that "
+                    f"{_flag(name)} with protocol {protocol!r}: no activation, gradient or label is sent that "
                     "it could protect. What leaves is the adapter.",
                     hint=f"leave {_flag(name)} out; for the adapter there is DP-SGD, such as --dp-epsilon 8 "
                     "--dp-delta 1e-6 --dp-clip 1",
@@ -243,7 +259,9 @@ class LedgerBudget(Settings):
     dataset: Annotated[str, typer.Argument(help="Rows file, fingerprint, or the beginning of one."), NOT_EMPTY]
     unit: Annotated[Literal["row", "person", "token", "data set"], "What the limit is for."] = "row"
     adversary: Annotated[str, "Who sees the releases, as the runs spell it.", NOT_EMPTY] = "owner"
-    channels: Annotated[Literal["cut", "adapter"], "What crosses the cut, or the adapter that is given away."] = "cut"
+    channels: Annotated[
+        Literal["cut", "adapter", "sketch"], "What crosses the cut, the adapter that is given away, or a sketch."
+    ] = "cut"
     epsilon: Annotated[float | None, "Limit on epsilon, for all releases together.", above(0)] = None
     delta: Annotated[float | None, "Delta that goes with --epsilon.", DELTA] = None
     releases: Annotated[int | None, "Limit on the number of releases.", at_least(0)] = None

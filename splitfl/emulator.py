@@ -357,7 +357,7 @@ def _check_files(kit: Kit, emulator: Emulator) -> dict[str, list[str]]:
             )
         seen.update(shapes)
         values += sum(math.prod(shape) for shape in shapes.values())
-    expected = _values_in(kit, plan.kept)
+    expected = values_in(kit, plan.kept)
     if not values == plan.parameters == expected:
         raise ModelError(
             f"The files of {emulator.path} hold {values} values, and its plan says {plan.parameters}.",
@@ -380,7 +380,7 @@ def _is_kept(tensor: str, kit: Kit, plan: EmulatorPlan) -> bool:
     return is_trunk_tensor(tensor, kit.plan) and layer_of(tensor, kit.plan) in plan.kept
 
 
-def _values_in(kit: Kit, kept: tuple[int, ...]) -> int:
+def values_in(kit: Kit, kept: tuple[int, ...]) -> int:
     """Values that these layers have, by the model's class; nothing is loaded."""
     config = kit.config
     with torch.device("meta"), quiet_library():

@@ -277,7 +277,13 @@ def _crossings(disclosure: Mapping[str, Any] | None) -> dict[str, list[dict[str,
     """The crossings of a disclosure by direction; those that carry a tensor first."""
     listed = (disclosure or {}).get("crossings", ())
     ordered = sorted(listed, key=lambda crossing: crossing["tensor"] is None)
-    return {way: [c for c in ordered if c["direction"] == way] for way in ("party to owner", "owner to party")}
+    return {
+        way: [c for c in ordered if c["direction"] in also]
+        for way, also in (
+            ("party to owner", ("party to owner", "peer to peer")),
+            ("owner to party", ("owner to party",)),
+        )
+    }
 
 
 def _render(template: str, **values: Any) -> str:

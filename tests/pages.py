@@ -118,6 +118,8 @@ def limits() -> str:
         ("one text in a header", f"{frames.MAX_TEXT_BYTES:,} bytes", "both sides"),
         ("one integer in a header", f"0 to {frames.MAX_INTEGER:,}", "both sides"),
         ("requests without an answer in one session", f"{steps.MAX_OPEN}", "both sides"),
+        ("fetches without an answer in one session", f"{steps.MAX_FETCHES}", "both sides"),
+        ("bytes of a file in one message", f"{messages.MAX_PIECE:,}", "both sides"),
         ("steps that await their backward in one session", f"{steps.MAX_OPEN}", "both sides"),
         ("answered requests remembered, to know a repeated answer", f"{steps.MAX_ANSWERED:,}", "both sides"),
         ("messages queued in one direction of one link", f"{channel.QUEUE}", "both sides"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from splitfl import config, config_offsite, config_privacy
+from splitfl import config, config_federation, config_mesh, config_offsite, config_privacy
 from splitfl.options import Settings, command, run_app
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -18,11 +18,16 @@ COMMANDS: dict[str, type[Settings]] = {
     "demo": config.DemoSettings,
     "bench": config.BenchSettings,
     "emulator": config_offsite.EmulatorSettings,
+    "fetch": config_offsite.FetchSettings,
     "plugin": config_offsite.PluginSettings,
+    "fedmod": config_mesh.FedmodSettings,
+    "margin": config_offsite.MarginSettings,
+    "federate": config_federation.FederateSettings,
 }
 KEYS: dict[str, type[Settings]] = {
     "new": config.KeysNew,
     "show": config.KeysShow,
+    "identity": config.KeysIdentity,
     "allow": config.KeysAllow,
     "revoke": config.KeysRevoke,
 }

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from corpus import Source, Tokens, Windows, encode, held_out_windows, load_split, plan_windows, read_sources
+from gpt2 import TaughtTrainer, build_gpt2
 from torch.nn.functional import dropout
 from transformers import (
     EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -57,7 +59,9 @@ def read_settings(path: Path, trial: str) -> Settings:
 
 
 def prepare_tokenizer(folder: Path, data: Path, settings: Settings) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, trained on the training splits if it is not there yet."""
+    """The run's tokenizer: the one that the settings name, or trained on the training splits if not there yet."""
+    if "path" in settings["tokenizer"]:
+        return load_tokenizer(Path(settings["tokenizer"]["path"]))
     if not (folder / "tokenizer.json").is_file():
         sources = read_sources(settings["sources"], {})
         texts = (
@@ -65,15 +69,33 @@ def prepare_tokenizer(folder: Path, data: Path, settings: Settings) -> PreTraine
             for source in sources
             for document in load_split(data, source, "train")
         )
-        length = settings["model"]["max_position_embeddings"]
+        length = window_of(settings)
         save_whole(train_tokenizer(texts, settings["tokenizer"]["vocab_size"], length), folder)
     return load_tokenizer(folder)
 
 
-def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama with random float32 weights."""
+def window_of(settings: Settings) -> int:
+    """Tokens of a window: as many as the model has positions."""
+    shape = settings["model"]
+    return int(shape.get("n_positions") or shape["max_position_embeddings"])
+
+
+def load_teacher(training: Settings) -> LlamaForCausalLM | None:
+    """The model that the settings name as one, in float32."""
+    if "teacher" not in training:
+        return None
+    return LlamaForCausalLM.from_pretrained(training["teacher"], dtype=torch.float32, local_files_only=True)
+
+
+def build_model(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, teacher: LlamaForCausalLM | None
+) -> PreTrainedModel:
+    """A model with random float32 weights: a Llama, or what `model_type` says."""
+    shape = dict(settings["model"])
+    if shape.pop("model_type", "llama") == "gpt2":
+        return build_gpt2(shape, tokenizer, teacher, settings["training"]["seed"])
     config = LlamaConfig(
-        **settings["model"],
+        **shape,
         vocab_size=len(tokenizer),
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -84,7 +106,7 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Llama
     return LlamaForCausalLM(config)
 
 
-def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
+def add_dropout(model: PreTrainedModel, rate: float) -> None:
     """Dropout on the embeddings and on what each attention and MLP adds; Llama has none of its own.
 
     Hooks leave the saved model an ordinary Llama: they act in training mode only and are no part of the state.
@@ -143,7 +165,8 @@ def training_arguments(training: Settings, folder: Path, max_steps: int, every: 
         adam_beta2=training["beta2"],
         max_grad_norm=training["max_grad_norm"],
         optim="adamw_torch_fused",
-        bf16=cuda,
+        bf16=cuda or training.get("bf16", False),
+        use_cpu=not cuda,
         torch_compile=cuda and training["compile"],
         eval_strategy="steps",
         save_strategy="steps",
@@ -200,7 +223,7 @@ def make_streams(sources: list[Source], data: Path, tokenizer: PreTrainedTokeniz
 
 def run_trial(data: Path, out: Path, settings: Settings, trial: str, max_steps: int) -> float:
     """Train one trial (or finish it) and return its best held-out loss in nats per token."""
-    training, window = settings["training"], settings["model"]["max_position_embeddings"]
+    training, window, teacher = settings["training"], window_of(settings), load_teacher(settings["training"])
     tokenizer = prepare_tokenizer(out / "tokenizer", data, settings)
     sources = read_sources(settings["sources"], training["weights"])
     streams = {split: make_streams(sources, data, tokenizer, split) for split in ("train", "validation")}
@@ -210,7 +233,7 @@ def run_trial(data: Path, out: Path, settings: Settings, trial: str, max_steps: 
     )
     held_out = held_out_windows(lengths["validation"], window, training["evaluation_windows"])
     set_seed(training["seed"])
-    model = build_model(settings, tokenizer)
+    model = build_model(settings, tokenizer, teacher)
     add_dropout(model, training["dropout"])
     every = min(training["evaluate_every"], max_steps) if max_steps > 0 else training["evaluate_every"]
     print(
@@ -220,8 +243,10 @@ def run_trial(data: Path, out: Path, settings: Settings, trial: str, max_steps: 
         flush=True,
     )
     folder = out / trial
-    trainer = Trainer(
+    trainer = TaughtTrainer(
         model=model,
+        teacher=teacher,
+        teacher_weight=training.get("teacher_weight", 0.0),
         args=training_arguments(training, folder, max_steps, every),
         train_dataset=Windows(streams["train"], plan, window),
         eval_dataset=Windows(streams["validation"], held_out, window),

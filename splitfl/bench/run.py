@@ -16,6 +16,8 @@ from splitfl import __version__
 from splitfl.bench.agreement import Disagreement
 from splitfl.bench.cases import Case, plan_cases
 from splitfl.bench.course import Course
+from splitfl.bench.offsite import bench_offsite
+from splitfl.bench.rules import bench_rules
 from splitfl.bench.split import measure, open_sides, prepare, prepare_keys
 from splitfl.bench.table import by_case, has_speed, print_table
 from splitfl.bench.utility import bench_utility
@@ -33,7 +35,10 @@ def bench(settings: BenchSettings) -> None:
         UsageError: no such benchmark, or settings that do not fit.
         InternalError: the two sides of a case did not compute the same; its speed was not printed.
     """
-    benchmarks: dict[str, Callable[[BenchSettings], None]] = {"split": bench_split, "utility": bench_utility}
+    benchmarks: dict[str, Callable[[BenchSettings], None]] = {
+        "split": bench_split, "utility": bench_utility, "offsite": bench_offsite,
+        "rules": bench_rules,
+    }  # fmt: skip
     if settings.name not in benchmarks:
         raise UsageError(
             f"There is no benchmark {printable(settings.name, 40)!r}.", hint=nearest(settings.name, benchmarks)

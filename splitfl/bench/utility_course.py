@@ -1,4 +1,4 @@
-"""What a person sees while `splitfl bench utility` runs, on standard error: a bar with the time left, a line a run."""
+"""What a person sees of `splitfl bench utility` and `offsite`: a bar with the time left, and a line a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class UtilityCourse:
 
     Args:
         count: runs that will be done.
+        title: stands before the bar.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count, self._done = count, 0
+    def __init__(self, count: int, title: str = "bench utility") -> None:
+        self._count, self._done, self._title = count, 0, title
         self._started: float | None = None
         self.console = Console(file=sys.stderr, stderr=True)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[facts]}"))
@@ -32,7 +33,7 @@ class UtilityCourse:
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and self._count:
-            self._task = self._bar.add_task("bench utility", total=self._count, facts="")
+            self._task = self._bar.add_task(self._title, total=self._count, facts="")
             self._bar.start()
         return self
 
@@ -47,9 +48,13 @@ class UtilityCourse:
 
     def end(self, cell: Cell, trained: Trained) -> None:
         """A run is done, or was refused."""
+        self.done(cell.name, in_words(cell, trained))
+
+    def done(self, name: str, words: str) -> None:
+        """The run of that name came out as the words say."""
         self._done += 1
         left = f"  {self._left()}" if self._done < self._count else ""
-        self.say(f"[{self._done}/{self._count}] {cell.name}: {in_words(cell, trained)}{left}")
+        self.say(f"[{self._done}/{self._count}] {name}: {words}{left}")
         if self._task is not None:
             self._bar.update(self._task, completed=self._done, facts=self._left())
 

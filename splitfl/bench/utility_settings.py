@@ -1,25 +1,24 @@
-"""The options of `splitfl bench utility`; kept apart from those of `splitfl bench split`, which shares the command."""
+"""The options of `splitfl bench utility`; kept apart from those of the other benchmarks, which share the command."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
-from splitfl.errors import UsageError
 from splitfl.options import Check, Panel, Settings, at_least
 
 UTILITY = Panel("splitfl bench utility")
 
 _NOT_EMPTY = Check(test=bool, expected="some text")
-_OF_EVERY_BENCHMARK = ("name", "json", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UtilitySettings(Settings):
     """Which runs the comparison of designs is made of."""
 
-    tasks: Annotated[tuple[str, ...], "Task to run: polarity, tweets or answers. May be repeated. Default: all whose "
-                     "model and rows are here.", _NOT_EMPTY, UTILITY] = ()  # fmt: skip
+    tasks: Annotated[tuple[str, ...], "Task to run: polarity, tweets or answers; for offsite polarity, restaurants or "
+                     "answers; for rules polarity or answers. May be repeated. Default: all whose model and rows are here.", _NOT_EMPTY,
+                     UTILITY] = ()  # fmt: skip
     designs: Annotated[tuple[str, ...], "Protocol to run beside the reference. May be repeated. Default: all three.",
                        _NOT_EMPTY, UTILITY] = ()  # fmt: skip
     levels: Annotated[tuple[str, ...], "none, int4, decorrelate-0, epsilon-8, or r/sigma of the noise: a token's norm "
@@ -30,15 +29,4 @@ class UtilitySettings(Settings):
         None
     )
     workers: Annotated[int, "Runs at the same time, each with one thread.", at_least(1), UTILITY] = 2
-    quick: Annotated[bool, "Few rows, few steps, one seed, levels none and 16: to see that it works.", UTILITY] = False
-
-    def check(self) -> None:
-        """Refuse options of the one benchmark with the other, which would not look at them."""
-        name, own = getattr(self, "name", "utility"), {field.name for field in fields(UtilitySettings)}
-        for field in fields(self):
-            if field.name in _OF_EVERY_BENCHMARK or (field.name in own) == (name == "utility"):
-                continue
-            if getattr(self, field.name) != field.default:
-                flag = "--" + field.name.replace("_", "-")
-                other = "utility" if field.name in own else "split"
-                raise UsageError(f"{flag} has no effect with this benchmark.", expected=f"splitfl bench {other}")
+    quick: Annotated[bool, "Few rows and steps, one seed, levels none and 16: to see that it works.", UTILITY] = False

@@ -170,7 +170,7 @@ class Ledger:
 
         Args:
             dataset: fingerprint.
-            channel_group: ``cut`` or ``adapter``.
+            channel_group: ``cut``, ``adapter`` or ``sketch``.
             unit: what the budget is for, one of `UNITS`; releases counted by another unit are refused from then on.
             adversary: who sees the releases, spelled as they spell it.
             epsilon: with `delta`, for all releases together.

@@ -18,11 +18,19 @@ from typing import Literal, TypeAlias, get_args
 from splitfl.errors import UsageError, nearest, printable
 
 Unit: TypeAlias = Literal["row", "person", "token", "data set"]
-Group: TypeAlias = Literal["cut", "adapter"]
+Group: TypeAlias = Literal["cut", "adapter", "sketch"]
 UNITS: tuple[str, ...] = get_args(Unit)
-GROUPS: dict[str, tuple[str, ...]] = {"cut": ("activations", "gradients", "labels"), "adapter": ("adapter",)}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "cut": ("activations", "gradients", "labels"),
+    "adapter": ("adapter",),
+    "sketch": ("sketch",),
+}
 """Channels whose releases add up; those of different groups never do."""
-GROUP_WORDS = {"cut": "what the owner saw", "adapter": "what the adapter reveals"}
+GROUP_WORDS = {
+    "cut": "what the owner saw",
+    "adapter": "what the adapter reveals",
+    "sketch": "what a sketch of the rows reveals",
+}
 NEIGHBOURS = "replace one"
 SLACK = 1e-9
 """A sum of floats may pass its budget by this share before it counts as beyond: rounding, not spending."""
@@ -107,7 +115,7 @@ class Release:
     units: Sequence[str | int] | None = field(repr=False)
     """Whose data it is, each named once; None for every unit of the data set."""
     channel: str
-    """``activations``, ``gradients``, ``labels`` or ``adapter``."""
+    """``activations``, ``gradients``, ``labels``, ``adapter`` or ``sketch``."""
     mechanism: str
     sensitivity: float | None
     """L2, replace-one."""
@@ -149,7 +157,7 @@ class Release:
 
     def _check_rho(self) -> None:
         # Nothing amplifies what is seen of a row that was sent (subsampling does for adapters, which are left out).
-        if None in (self.rho, self.sensitivity, self.sigma) or self.group != "cut":
+        if None in (self.rho, self.sensitivity, self.sigma) or self.group == "adapter":
             return
         least = gaussian_rho(self.sensitivity or 0.0, self.sigma or 1.0)
         if (self.rho or 0.0) < least * (1 - SLACK):

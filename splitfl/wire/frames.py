@@ -33,10 +33,12 @@ from splitfl.wire.messages import (
     Backward,
     CodingName,
     DtypeName,
+    Fetch,
     Forward,
     FromOwner,
     FromParty,
     Hello,
+    Piece,
     Refused,
     Release,
     TensorName,
@@ -44,6 +46,7 @@ from splitfl.wire.messages import (
     Welcome,
     kind,
 )
+from splitfl.wire.pieces import flaw
 
 Sender: TypeAlias = Literal["party", "owner"]
 
@@ -59,12 +62,13 @@ TENSORS_OF: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "backward": (frozenset({"gradient"}), frozenset()),
     "forward_done": (frozenset({"hidden"}), frozenset()),
     "backward_done": (frozenset({"gradient"}), frozenset()),
+    "piece": (frozenset({"piece"}), frozenset()),
 }
 _NO_TENSORS: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 # Tensors whose dtype does not follow the session's wire dtype.
-_FIXED_DTYPES: dict[str, DtypeName] = {"mask": "uint8", "positions": "int32"}
+_FIXED_DTYPES: dict[str, DtypeName] = {"mask": "uint8", "positions": "int32", "piece": "uint8"}
 
-_RANKS: dict[str, int] = {"hidden": 3, "gradient": 3, "mask": 2, "positions": 2}
+_RANKS: dict[str, int] = {"hidden": 3, "gradient": 3, "mask": 2, "positions": 2, "piece": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +343,8 @@ def _check_shapes(message: AnyMessage, specs: Mapping[str, TensorSpec], limits: 
         rank = _RANKS[spec.name]
         sound = len(spec.shape) == rank and all(n > 0 for n in spec.shape)
         _require(sound, f"The shape of {spec.name!r} is not sound", f"{rank} dimensions above 0")
+    if isinstance(message, Fetch | Piece) and (found := flaw(message)) is not None:
+        raise Malformed(found.problem, code=found.code, expected=found.expected)
     main = specs.get("hidden") or specs.get("gradient")
     if main is None:
         return

@@ -5,6 +5,8 @@ A pair is two files in ZeroMQ's certificate format, so that `zmq.auth.load_certi
     NAME.key          the public key; give it to the other side
     NAME.key_secret   both keys; mode 0600 from the moment it exists, and it never leaves this machine
 
+NAME.key also holds the party's signing key (see `splitfl.wire.signing`), which follows from the secret.
+
 An allow-list is a folder of public files, one a party: the file name is the party's name, removing the file revokes it.
 
 What CURVE gives: the other side holds the secret to the key that is pinned here, and nobody between reads or changes a
@@ -20,18 +22,20 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from splitfl.errors import KeyFileError, UsageError, printable
+from splitfl.wire.signing import checked_lines, metadata_lines, public_half
+from splitfl.wire.z85 import z85_decode as z85_decode
 
 PUBLIC_SUFFIX, SECRET_SUFFIX = ".key", ".key_secret"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _KEY_LINE = re.compile(r'\s*(public-key|secret-key)\s*=\s*"([^"]*)"\s*')
-_Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
-_Z85_VALUES = {character: value for value, character in enumerate(_Z85)}
 _MAX_FILE_BYTES = 16 * 1024
 
 
@@ -75,10 +79,33 @@ def new_keys(name: str, folder: Path, *, force: bool = False) -> tuple[Path, Pat
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(secret_path, _certificate(keys.public, keys.secret), mode=0o600)
-        _write(public_path, _certificate(keys.public), mode=0o644)
+        _write(public_path, _public_certificate(keys), mode=0o644)
     except OSError as error:
         raise KeyFileError(f"The key pair {stem} cannot be written: {error.strerror}.") from error
     return public_path, secret_path
+
+
+def renew_public(secret_path: Path) -> Path:
+    """Write NAME.key beside NAME.key_secret again: as `new_keys` does, with the signing key.
+
+    Returns:
+        The path of the public file.
+
+    Raises:
+        KeyFileError: the secret file cannot be used, a public file of that name holds another key, or the folder
+            cannot be written.
+    """
+    if secret_path.suffix != SECRET_SUFFIX:
+        raise KeyFileError(f"{secret_path} is not a secret key file.", expected=f"NAME{SECRET_SUFFIX}")
+    keys = load_keys(secret_path)
+    path = secret_path.with_name(f"{check_name(secret_path.stem)}{PUBLIC_SUFFIX}")
+    if path.exists() and load_public(path) != keys.public:
+        raise KeyFileError(f"{path} holds another key than {secret_path}.", hint="move one of them away")
+    try:
+        _write(path, _public_certificate(keys), mode=0o644)
+    except OSError as error:
+        raise KeyFileError(f"{path} cannot be written: {error.strerror}.") from error
+    return path
 
 
 def load_keys(path: Path) -> KeyPair:
@@ -108,6 +135,32 @@ def load_public(path: Path) -> bytes:
     return public
 
 
+def find_signing(path: Path) -> Ed25519PublicKey | None:
+    """The signing key in a public key file, checked to belong to its CURVE key; None if the file has none.
+
+    Raises:
+        KeyFileError: the file is missing or malformed, or the signing key belongs to another key.
+    """
+    text = _read(path)
+    return public_half(text, z85_decode(_parse(path, text)[0]))
+
+
+def load_signing(path: Path) -> Ed25519PublicKey:
+    """As `find_signing`, where there must be one.
+
+    Raises:
+        KeyFileError: as there, and where the file was made before there were signing keys.
+    """
+    key = find_signing(path)
+    if key is None:
+        raise KeyFileError(
+            f"The key file {path} has no signing key, so its party cannot take part in a secure sum.",
+            expected="the lines signing-key and signing-proof",
+            hint=f"its owner runs `splitfl keys identity {path.stem}{SECRET_SUFFIX}` and hands out the new {path.name}",
+        )
+    return key
+
+
 def fingerprint(public_key: bytes) -> str:
     """A short form of a public key, to be compared by eye or read out over the telephone.
 
@@ -134,26 +187,6 @@ def check_name(name: str) -> str:
             expected="1 to 64 letters, digits, '.', '_' or '-', the first a letter, a digit or '_'",
         )
     return name
-
-
-def z85_decode(text: bytes) -> bytes:
-    """The 32 bytes behind a key in Z85 (ZeroMQ RFC 32: five characters of base 85 for four bytes, big-endian).
-
-    Raises:
-        KeyFileError: it is not such a key.
-    """
-    values = [_Z85_VALUES.get(chr(byte), -1) for byte in text]
-    if len(values) != 40 or min(values) < 0:
-        raise KeyFileError("A CURVE key is malformed.", expected="40 characters of Z85")
-    words = []
-    for i in range(0, 40, 5):
-        word = 0
-        for value in values[i : i + 5]:
-            word = word * 85 + value
-        if word >= 2**32:
-            raise KeyFileError("A CURVE key is malformed.", expected="40 characters of Z85")
-        words.append(word.to_bytes(4, "big"))
-    return b"".join(words)
 
 
 # ---- the parties that an owner admits
@@ -212,25 +245,26 @@ class AllowList:
         Raises:
             KeyFileError: the file is not a public key file, or name or key are taken.
         """
-        public, secret = _parse(path, _read(path))
+        text = _read(path)
+        public, secret = _parse(path, text)
         if secret is not None or path.suffix != PUBLIC_SUFFIX:
             raise KeyFileError(
                 f"{path} is not a public key file.",
                 expected=f"NAME{PUBLIC_SUFFIX}; the secret file stays with the party",
             )
-        name = check_name(path.stem)
+        name, signing = check_name(path.stem), checked_lines(text, z85_decode(public))
         self.reload()
         holder = self._names.get(public)
-        if holder == name:
+        if holder == name and not signing:
             return name
         target = self.folder / f"{name}{PUBLIC_SUFFIX}"
-        if holder is not None:
+        if holder not in (None, name):
             raise KeyFileError(f"This key is admitted already, as {holder!r}.")
-        if target.exists():
+        if holder is None and target.exists():
             raise KeyFileError(f"Another key is admitted as {name!r}.", hint="revoke it first, or choose another name")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(target, _certificate(public), mode=0o644)
+            _write(target, _certificate(public, metadata=signing), mode=0o644)
         except OSError as error:
             raise KeyFileError(f"The allow-list {self.folder} cannot be written: {error.strerror}.") from error
         self.reload()
@@ -292,9 +326,14 @@ def _is_out_of_handles(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
-def _certificate(public: bytes, secret: bytes | None = None) -> str:
+def _public_certificate(keys: KeyPair) -> str:
+    return _certificate(keys.public, metadata=metadata_lines(z85_decode(keys.public), z85_decode(keys.secret)))
+
+
+def _certificate(public: bytes, secret: bytes | None = None, metadata: Sequence[str] = ()) -> str:
     what = "Secret key: it stays on this machine" if secret else "Public key: compare its fingerprint"
-    lines = [f"#   CURVE certificate. {what}.", "", "metadata", "curve", f'    public-key = "{public.decode("ascii")}"']
+    lines = [f"#   CURVE certificate. {what}.", "", "metadata", *metadata, "curve"]
+    lines.append(f'    public-key = "{public.decode("ascii")}"')
     if secret:
         lines.append(f'    secret-key = "{secret.decode("ascii")}"')
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ A message is a small header; its tensors travel behind it as raw frames, in the 
 that versions can meet: new fields get defaults, no field changes its type, a change that breaks either raises
 `WIRE_VERSION`. Nothing here carries a token id, a label or a row.
 
-Legend of shapes: B rows, T new positions, S cached plus new positions, D width of the cut.
+Legend of shapes: B rows, T new positions, S cached plus new positions, D width of the cut, N bytes of a file.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
-TensorName: TypeAlias = Literal["hidden", "gradient", "mask", "positions"]
+TensorName: TypeAlias = Literal["hidden", "gradient", "mask", "positions", "piece"]
 DtypeName: TypeAlias = Literal["float32", "float16", "bfloat16", "int32", "uint8"]
 
 CodingName: TypeAlias = Literal["raw", "grid16", "int8", "int4", "topk"]
 """How the numbers of a hidden or gradient frame are written; `splitfl.wire.coding` has the layout of each."""
 
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
+
+MAX_PIECE = 1 << 20
+"""Most bytes of a file in one message."""
 
 REFUSAL_CODES: dict[str, str] = {
     "version": "the two sides speak different wire versions",
@@ -35,6 +38,7 @@ REFUSAL_CODES: dict[str, str] = {
     "too_large": "the request is beyond the limits of the session",
     "unknown_step": "this step is not held here (any more)",
     "unknown_cache": "this cache is not held here (any more)",
+    "unknown_piece": "no emulator, or no such part of one, is handed out here",
     "busy": "no room for another session or cache at present",
     "draining": "the owner is shutting down",
     "not_finite": "the request or its result holds NaN or infinity",
@@ -118,6 +122,18 @@ class Release(Message, frozen=True, kw_only=True, tag="release"):
     steps: tuple[int, ...] = ()
 
 
+class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
+    """Send a part of the emulator that the owner hands out."""
+
+    step: int
+    """A number from the same sequence as those of forwards."""
+    file: int
+    """0 is ``emulator.json``; its files follow from 1 on, in its order."""
+    offset: int
+    length: int
+    """Bytes from `offset` on; the answer holds fewer only where the file ends."""
+
+
 class Bye(Message, frozen=True, kw_only=True, tag="bye"):
     """Close the session."""
 
@@ -154,6 +170,16 @@ class BackwardDone(Message, frozen=True, kw_only=True, tag="backward_done"):
     step: int
 
 
+class Piece(Message, frozen=True, kw_only=True, tag="piece"):
+    """Tensors: piece [N] uint8, the bytes that were asked for."""
+
+    step: int
+    file: int
+    offset: int
+    total: int
+    """Bytes of the whole file."""
+
+
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """No, with a code from `REFUSAL_CODES`, a sentence and what to do next."""
 
@@ -168,8 +194,8 @@ class Closed(Message, frozen=True, kw_only=True, tag="closed"):
     """The session is closed, at the party's wish or because the owner stops."""
 
 
-FromParty: TypeAlias = Hello | Forward | Backward | Release | Bye
-FromOwner: TypeAlias = Welcome | ForwardDone | BackwardDone | Refused | Closed
+FromParty: TypeAlias = Hello | Forward | Backward | Release | Fetch | Bye
+FromOwner: TypeAlias = Welcome | ForwardDone | BackwardDone | Piece | Refused | Closed
 AnyMessage: TypeAlias = FromParty | FromOwner
 
 

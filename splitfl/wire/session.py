@@ -74,10 +74,12 @@ TABLE: dict[State, dict[str, State]] = {
         "forward": State.OPEN,
         "backward": State.OPEN,
         "release": State.OPEN,
+        "fetch": State.OPEN,
         "bye": State.CLOSING,
         "welcome": State.OPEN,  # two hellos were said, and both are welcomed
         "forward_done": State.OPEN,
         "backward_done": State.OPEN,
+        "piece": State.OPEN,
         "refused": State.OPEN,
         "closed": State.CLOSED,
     },
@@ -87,6 +89,7 @@ TABLE: dict[State, dict[str, State]] = {
         "welcome": State.OPEN,
         "forward_done": State.REOPENING,
         "backward_done": State.REOPENING,
+        "piece": State.REOPENING,
         "refused": State.REOPENING,
         "closed": State.CLOSED,
     },
@@ -95,13 +98,14 @@ TABLE: dict[State, dict[str, State]] = {
         "welcome": State.CLOSING,
         "forward_done": State.CLOSING,
         "backward_done": State.CLOSING,
+        "piece": State.CLOSING,
         "refused": State.CLOSING,
         "closed": State.CLOSED,
     },
     State.CLOSED: {"bye": State.CLOSED, "refused": State.CLOSED, "closed": State.CLOSED},
 }
 
-_PARTY_SAYS = frozenset({"hello", "forward", "backward", "release", "bye"})
+_PARTY_SAYS = frozenset({"hello", "forward", "backward", "release", "fetch", "bye"})
 _DIRECTIONS: dict[Sender, Direction] = {"party": "party to owner", "owner": "owner to party"}
 
 

@@ -8,8 +8,11 @@
 - An answer belongs to a request that is still open. The same answer again (a request was sent twice, and both were
   answered) is a retry, to be dropped; so is an answer after a refusal (sent twice, one refused, one answered).
 - All tensors of one step have one shape [B, T, D], whatever their direction.
+- A `fetch` takes its step from the same numbers as a `forward`. The same number again is a retry, and asks for the same
+  part. Its answer is that part.
 
 Memory is bounded by `MAX_OPEN` open requests, as many kept steps, and `MAX_ANSWERED` answered or refused requests.
+What the owner reads for one session at a time is bounded by `MAX_FETCHES`.
 """
 
 from __future__ import annotations
@@ -20,16 +23,30 @@ from enum import Enum
 from typing import TypeAlias
 
 from splitfl.wire.frames import Violation
-from splitfl.wire.messages import AnyMessage, Backward, BackwardDone, Forward, ForwardDone, Refused, Release, kind
+from splitfl.wire.messages import (
+    AnyMessage,
+    Backward,
+    BackwardDone,
+    Fetch,
+    Forward,
+    ForwardDone,
+    Piece,
+    Refused,
+    Release,
+    kind,
+)
+from splitfl.wire.pieces import answers, part_of
 
 MAX_OPEN = 256
 MAX_ANSWERED = 1024
+MAX_FETCHES = 8
 
 Shape: TypeAlias = tuple[int, ...]
+"""Of a step's tensors; of a fetch, the part that it asks for."""
 Request: TypeAlias = tuple[str, int]
 """Kind and step: ``("forward", 7)``."""
 
-_ANSWERS = {"forward_done": "forward", "backward_done": "backward"}
+_ANSWERS = {"forward_done": "forward", "backward_done": "backward", "piece": "fetch"}
 
 
 class Turn(Enum):
@@ -65,7 +82,9 @@ class Steps:
                 return self._judge_forward(message)
             case Backward():
                 return self._judge_backward(message)
-            case ForwardDone() | BackwardDone():
+            case Fetch():
+                return self._judge_fetch(message)
+            case ForwardDone() | BackwardDone() | Piece():
                 return self._judge_answer(message)
             case _:
                 return Turn.NEW
@@ -81,7 +100,10 @@ class Steps:
             case Backward():
                 self.kept.pop(message.step, None)
                 self.opened["backward", message.step] = _shape(message)
-            case ForwardDone() | BackwardDone():
+            case Fetch():
+                self.highest = max(self.highest, message.step)
+                self.opened["fetch", message.step] = part_of(message)
+            case ForwardDone() | BackwardDone() | Piece():
                 self._answer((_ANSWERS[kind(message)], message.step))
             case Refused(step=int(step)):
                 self._refuse(step, lost=message.code == "unknown_step")
@@ -121,7 +143,20 @@ class Steps:
             hint="send its forward again with keep, then the backward",
         )
 
-    def _judge_answer(self, message: ForwardDone | BackwardDone) -> Turn:
+    def _judge_fetch(self, message: Fetch) -> Turn:
+        request = ("fetch", message.step)
+        if (self._known(request) or part_of(message)) != part_of(message):
+            raise NotAllowed(
+                f"A fetch asks for another part than step {message.step} did.",
+                code="malformed",
+                expected="the same request, or a new number",
+            )
+        self._check_room(request)
+        if request not in self.opened and sum(word == "fetch" for word, _ in self.opened) >= MAX_FETCHES:
+            raise _too_many("fetches await their answer", MAX_FETCHES)
+        return Turn.NEW if message.step > self.highest else Turn.RETRY
+
+    def _judge_answer(self, message: ForwardDone | BackwardDone | Piece) -> Turn:
         request = (_ANSWERS[kind(message)], message.step)
         shape = self._known(request) or self.refused.get(request)
         if shape is None:
@@ -130,7 +165,10 @@ class Steps:
                 code="out_of_order",
                 expected="one answer to each request",
             )
-        _check_shape(message, shape)
+        if isinstance(message, Piece):
+            _check_piece(message, shape)
+        else:
+            _check_shape(message, shape)
         return Turn.NEW if request in self.opened else Turn.RETRY
 
     def _check_room(self, request: Request) -> None:
@@ -143,11 +181,13 @@ class Steps:
 
     def _refuse(self, step: int, *, lost: bool) -> None:
         """Close the earlier of the step's open requests, for the owner works through them in order."""
-        forward, backward = ("forward", step), ("backward", step)
-        request = forward if forward in self.opened else backward
+        forward, backward, fetch = ("forward", step), ("backward", step), ("fetch", step)
+        request = next((each for each in (forward, fetch) if each in self.opened), backward)
         shape = self.opened.pop(request, None)
         if shape is not None:
             _remember(self.refused, request, shape)
+        if request == fetch:
+            return
         if request == forward:
             if forward not in self.answered:
                 self.kept.pop(step, None)
@@ -177,10 +217,20 @@ def _check_shape(message: AnyMessage, shape: Shape | None) -> None:
         )
 
 
-def _too_many(what: str) -> NotAllowed:
+def _check_piece(message: Piece, asked: Shape) -> None:
+    file, offset, length = asked
+    if not answers(message, (file, offset, length)):
+        raise NotAllowed(
+            f"A piece is not the part of a file that step {message.step} asked for.",
+            code="malformed",
+            expected=f"file {file}, {length} bytes from {offset} on, or up to its end",
+        )
+
+
+def _too_many(what: str, most: int = MAX_OPEN) -> NotAllowed:
     return NotAllowed(
-        f"{MAX_OPEN} {what}.",
+        f"{most} {what}.",
         code="too_large",
-        expected=f"at most {MAX_OPEN}",
+        expected=f"at most {most}",
         hint="wait for answers, or release steps",
     )

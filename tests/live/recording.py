@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+import party.fetch
 import party.opening
 from party.connect import open_session
 from splitfl.wire import frames as wire
@@ -76,5 +77,6 @@ def recorded_commands() -> Iterator[Recording]:
     """Record every session that a command opens in this process."""
     recording = Recording()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(party.opening, "open_session", functools.partial(open_session, tap=recording.tap))
+        for module in (party.opening, party.fetch):
+            patch.setattr(module, "open_session", functools.partial(open_session, tap=recording.tap))
         yield recording

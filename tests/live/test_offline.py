@@ -168,16 +168,18 @@ def test_on_an_emulator_of_all_layers_it_is_plain_lora_on_the_full_model(
 def test_disclosure_and_ledger_say_what_leaves(plain):
     told = json.loads((plain / "disclosure.json").read_text(encoding="utf-8"))
     assert told["protocol"] == NAME
-    assert {each["message"] for each in told["crossings"]} == {"hello", "welcome", "bye", "closed", "refused"}
+    conversation = {"hello", "welcome", "bye", "closed", "refused"}
+    assert {each["message"] for each in told["crossings"]} == conversation | {"fetch", "piece"}
     assert told["adapter"]["bound"].startswith("empirical")
     [entry] = entries(plain)
     assert (entry["channel"], entry["adversary"], entry["unit"]) == ("adapter", ADVERSARY, "row")
     assert (entry["rho"], entry["unit_count"], entry["mechanism"]) == (None, None, "none")
 
 
-def test_the_protocol_lets_nothing_cross_that_carries_a_tensor():
+def test_the_protocol_lets_no_tensor_cross_but_parts_of_the_emulator():
     disclosure = PROTOCOLS[NAME].disclosure
-    assert all(crossing.tensor is None for crossing in disclosure.crossings)
+    carried = {(crossing.tensor, crossing.direction) for crossing in disclosure.crossings if crossing.tensor}
+    assert carried == {("piece", "owner to party")}
     assert not PROTOCOLS[NAME].sends_gradients
     assert not disclosure.allows("forward", ("hidden",), "party to owner")
 

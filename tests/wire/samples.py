@@ -12,9 +12,11 @@ from splitfl.wire.messages import (
     BackwardDone,
     Bye,
     Closed,
+    Fetch,
     Forward,
     ForwardDone,
     Hello,
+    Piece,
     Refused,
     Release,
     TensorName,
@@ -46,6 +48,10 @@ def mask(rows: int = 2, total: int = 3) -> torch.Tensor:
     return torch.ones(rows, total, dtype=torch.int64)
 
 
+def content(size: int = 6) -> torch.Tensor:
+    return torch.arange(size, dtype=torch.uint8)
+
+
 def positions(rows: int = 1, new: int = 3) -> torch.Tensor:
     return torch.arange(new).repeat(rows, 1)
 
@@ -60,12 +66,14 @@ FROM_PARTY: list[tuple[AnyMessage, Tensors]] = [
     ),
     (Backward(session=SESSION, step=1), {"gradient": hidden()}),
     (Release(session=SESSION, caches=(9,), steps=(0, 1)), {}),
+    (Fetch(session=SESSION, step=3, file=1, offset=4, length=6), {}),
     (Bye(session=SESSION), {}),
 ]
 FROM_OWNER: list[tuple[AnyMessage, Tensors]] = [
     (WELCOME, {}),
     (ForwardDone(session=SESSION, step=1), {"hidden": hidden()}),
     (BackwardDone(session=SESSION, step=1), {"gradient": hidden()}),
+    (Piece(session=SESSION, step=3, file=1, offset=4, total=11), {"piece": content()}),
     (Refused(session=SESSION, code="busy", problem="No room.", hint="wait", step=3), {}),
     (Closed(session=SESSION), {}),
 ]

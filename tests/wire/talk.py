@@ -3,6 +3,7 @@
 import pytest
 
 from protocols import PROTOCOLS
+from splitfl.privacy.disclosure import Disclosure
 from splitfl.wire.frames import describe
 from splitfl.wire.messages import (
     REFUSAL_CODES,
@@ -10,17 +11,23 @@ from splitfl.wire.messages import (
     BackwardDone,
     Bye,
     Closed,
+    Fetch,
     Forward,
     ForwardDone,
+    Piece,
     Refused,
 )
 from splitfl.wire.session import NotAllowed, OwnerSession, PartySession, Terms
-from tests.wire.samples import SESSION, hidden
+from tests.wire.samples import SESSION, content, hidden
 
 TERMS = Terms(session=SESSION, protocol="split", trunk="trunk", plan="plan", wire_dtype="float32")
-EVERYTHING = PROTOCOLS["split"].disclosure
+EVERYTHING = Disclosure(
+    crossings=(*PROTOCOLS["split"].disclosure.crossings, *PROTOCOLS["guarded-offline"].disclosure.crossings),
+    never=(),
+    in_plain_words="every message there is; no protocol lists all of them",
+)
 ROLES = {"party": PartySession, "owner": OwnerSession}
-PARTY_KINDS = {"hello", "forward", "backward", "release", "bye"}
+PARTY_KINDS = {"hello", "forward", "backward", "release", "fetch", "bye"}
 
 
 def forward(step, keep=False, rows=2, **fields):
@@ -38,6 +45,15 @@ def forward_done(step, rows=2):
 
 def backward_done(step, rows=2):
     return describe(BackwardDone(session=SESSION, step=step), {"gradient": hidden(rows)})
+
+
+def fetch(step, file=1, offset=0, length=4):
+    return Fetch(session=SESSION, step=step, file=file, offset=offset, length=length)
+
+
+def piece(step, file=1, offset=0, size=4, total=10):
+    message = Piece(session=SESSION, step=step, file=file, offset=offset, total=total)
+    return describe(message, {"piece": content(size)})
 
 
 def refused(step=None, code="busy"):

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from splitfl.wire.messages import Release
 from splitfl.wire.session import NotAllowed, OwnerSession, PartySession, State, Turn
-from splitfl.wire.steps import MAX_ANSWERED, MAX_OPEN
+from splitfl.wire.steps import MAX_ANSWERED, MAX_FETCHES, MAX_OPEN
 from tests.wire.samples import SESSION, WELCOME
 from tests.wire.talk import (
     BYE,
@@ -17,8 +17,10 @@ from tests.wire.talk import (
     TERMS,
     backward,
     backward_done,
+    fetch,
     forward,
     forward_done,
+    piece,
     refused,
 )
 
@@ -39,6 +41,7 @@ class Conversation(RuleBasedStateMachine):
         self.work = []
         self.next_step = 0
         self.shapes = {}
+        self.parts = {}
         self.answered_new = set()
         self.restarted = False
 
@@ -82,10 +85,27 @@ class Conversation(RuleBasedStateMachine):
     @rule()
     def party_repeats_what_is_open(self):
         for word, step in self.party.open_requests():
-            rows, keep = self.shapes[step]
-            message = forward(step, keep=keep, rows=rows) if word == "forward" else backward(step, rows=rows)
+            if word == "fetch":
+                message = fetch(step, offset=self.parts[step])
+            else:
+                rows, keep = self.shapes[step]
+                message = forward(step, keep=keep, rows=rows) if word == "forward" else backward(step, rows=rows)
             assert self.party.send(message) is Turn.RETRY
             self.up.append(message)
+
+    @precondition(lambda self: self.party.state is State.OPEN and self.fetches() < MAX_FETCHES)
+    @rule(offset=st.integers(0, 9))
+    def party_fetches(self, offset):
+        self.parts[self.next_step] = offset
+        message = fetch(self.next_step, offset=offset)
+        self.next_step += 1
+        assert self.party.send(message) is Turn.NEW
+        self.up.append(message)
+
+    def fetches(self):
+        """Fetches without an answer, at either side: the owner may have accepted what the party takes for lost."""
+        asked = {*self.party.open_requests(), *self.owner.open_requests()}
+        return sum(word == "fetch" for word, _ in asked)
 
     @precondition(lambda self: self.party.state is State.OPEN and self.shapes)
     @rule(data=st.data())
@@ -118,16 +138,20 @@ class Conversation(RuleBasedStateMachine):
             return
         if word in ("hello", "bye"):
             self.say(WELCOME if word == "hello" else CLOSED)
-        elif word in ("forward", "backward"):
+        elif word in ("forward", "backward", "fetch"):
             self.work.append((word, message.step, turn))
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), busy=st.integers(0, 5))
     def owner_answers(self, data, busy):
         word, step, _ = self.work.pop(data.draw(st.integers(0, len(self.work) - 1)))
-        rows = self.shapes[step][0]
         if self.owner.state is State.CLOSED:
             return
+        if word == "fetch":
+            offset = self.parts[step]
+            self.say(piece(step, offset=offset, size=min(4, 10 - offset)))
+            return
+        rows = self.shapes[step][0]
         if busy == 0 and (word, step) in self.owner.open_requests() and not self.twice(step):
             self.say(refused(step, "busy"))
         elif self.owner._steps._known((word, step)):  # a request that was refused and not sent again has no answer

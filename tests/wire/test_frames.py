@@ -337,7 +337,7 @@ def test_mutated_frames(valid, data):
 
 specs = st.fixed_dictionaries(
     {
-        "name": st.sampled_from(["hidden", "gradient", "mask", "positions", "labels"]),
+        "name": st.sampled_from(["hidden", "gradient", "mask", "positions", "piece", "labels"]),
         "dtype": st.sampled_from(["float32", "float16", "bfloat16", "int32", "uint8", "int64"]),
         "shape": st.lists(numbers, max_size=5),
     }
@@ -346,9 +346,12 @@ specs = st.fixed_dictionaries(
 
 @FUZZ
 @given(
-    kind=st.sampled_from(["hello", "forward", "backward", "release", "bye", "forward_done", "backward_done", "closed"]),
+    kind=st.sampled_from(
+        ["hello", "forward", "backward", "release", "fetch", "bye", "forward_done", "backward_done", "piece", "closed"]
+    ),
     fields=st.dictionaries(
-        st.sampled_from(["session", "step", "cache", "past", "keep", "version"]), st.one_of(numbers, st.booleans())
+        st.sampled_from(["session", "step", "cache", "past", "keep", "version", "file", "offset", "length", "total"]),
+        st.one_of(numbers, st.booleans()),
     ),
     rows=st.one_of(st.none(), st.lists(numbers, max_size=4)),
     tensors=st.lists(specs, max_size=4),

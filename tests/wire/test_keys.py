@@ -10,8 +10,22 @@ import zmq.auth
 from hypothesis import given, settings
 from zmq.utils import z85
 
+from splitfl.aggregation.identity import load_identities, signing_key
+from splitfl.cli import main
 from splitfl.errors import KeyFileError, UsageError
-from splitfl.wire.keys import AllowList, check_name, fingerprint, load_keys, load_public, new_keys, z85_decode
+from splitfl.wire.keys import (
+    AllowList,
+    check_name,
+    find_signing,
+    fingerprint,
+    load_keys,
+    load_public,
+    load_signing,
+    new_keys,
+    renew_public,
+    z85_decode,
+)
+from splitfl.wire.signing import signing_fingerprint
 
 
 def mode_of(path):
@@ -320,3 +334,120 @@ def test_revoking_somebody_unknown_names_who_is_there(parties):
     with pytest.raises(KeyFileError) as caught:
         parties.revoke("b")
     assert "Expected: a" in str(caught.value)
+
+
+# ---- signing identities
+
+
+def test_a_new_public_file_carries_the_signing_key_and_zeromq_still_reads_it(made):
+    public, secret = made
+    keys = load_keys(secret)
+    assert load_signing(public).public_bytes_raw() == signing_key(keys).public_key().public_bytes_raw()
+    assert zmq.auth.load_certificate(public) == (keys.public, None)
+    assert find_signing(secret) is None
+    assert keys.secret.decode() not in public.read_text()
+
+
+def test_the_signing_key_follows_from_the_secret_alone(made, tmp_path):
+    keys = load_keys(made[1])
+    assert signing_key(keys).private_bytes_raw() == signing_key(load_keys(made[1])).private_bytes_raw()
+    other = load_keys(new_keys("other", tmp_path)[1])
+    assert signing_key(other).private_bytes_raw() != signing_key(keys).private_bytes_raw()
+    assert signing_key(keys).private_bytes_raw() != z85_decode(keys.secret)
+
+
+def without_signing(path):
+    kept = [line for line in path.read_text().splitlines() if "signing-" not in line]
+    path.write_text("\n".join(kept) + "\n")
+
+
+def test_a_file_from_before_says_how_to_make_it_anew(made):
+    public, secret = made
+    whole = public.read_bytes()
+    without_signing(public)
+    assert find_signing(public) is None
+    with pytest.raises(KeyFileError, match="no signing key") as caught:
+        load_signing(public)
+    assert "splitfl keys identity hospital.key_secret" in str(caught.value)
+    assert renew_public(secret) == public
+    assert public.read_bytes() == whole
+    public.unlink()
+    renew_public(secret)
+    assert public.read_bytes() == whole
+
+
+def test_renewing_does_not_write_over_another_key(made, tmp_path):
+    public, secret = made
+    public.write_bytes(new_keys("other", tmp_path)[0].read_bytes())
+    with pytest.raises(KeyFileError, match="another key"):
+        renew_public(secret)
+    with pytest.raises(KeyFileError, match="not a secret key file"):
+        renew_public(public)
+
+
+def test_a_signing_key_of_another_party_is_refused(made, tmp_path):
+    public, _ = made
+    other, _ = new_keys("other", tmp_path)
+    stolen = [line for line in other.read_text().splitlines() if "signing-" in line]
+    lines = [line for line in public.read_text().splitlines() if "signing-" not in line]
+    for forged in (stolen, stolen[:1], stolen[1:], ['    signing-key = "00"', stolen[1]], ['    signing-key = ""']):
+        public.write_text("\n".join([*lines[:3], *forged, *lines[3:]]) + "\n")
+        for use in (load_signing, find_signing, AllowList(tmp_path / "peers").add):
+            with pytest.raises(KeyFileError, match="does not belong"):
+                use(public)
+    assert not (tmp_path / "peers").exists()
+
+
+def test_the_allow_list_keeps_the_signing_key_and_takes_it_in_later(made, tmp_path):
+    public, secret = made
+    without_signing(public)
+    peers = AllowList(tmp_path / "peers")
+    assert peers.add(public) == "hospital"
+    assert find_signing(tmp_path / "peers" / "hospital.key") is None
+    renew_public(secret)
+    assert peers.add(public) == "hospital"
+    assert load_signing(tmp_path / "peers" / "hospital.key") is not None
+    assert peers.allowed(load_public(public)) == "hospital"
+
+
+def test_identities_are_those_of_the_folder(made, tmp_path):
+    folder = tmp_path / "peers"
+    peers = AllowList(folder)
+    peers.add(made[0])
+    other, other_secret = new_keys("other", tmp_path)
+    peers.add(other)
+    found = load_identities(folder)
+    assert set(found) == {load_public(made[0]).decode(), load_public(other).decode()}
+    for secret in (made[1], other_secret):
+        keys = load_keys(secret)
+        expected = signing_key(keys).public_key().public_bytes_raw()
+        assert found[keys.public.decode()].public_bytes_raw() == expected
+    (folder / "twin.key").write_bytes(other.read_bytes())
+    with pytest.raises(KeyFileError, match="same key"):
+        load_identities(folder)
+    without_signing(folder / "twin.key")
+    (folder / "other.key").unlink()
+    with pytest.raises(KeyFileError, match="no signing key"):
+        load_identities(folder)
+    with pytest.raises(KeyFileError, match="no key file"):
+        load_identities(tmp_path / "nowhere")
+
+
+def test_signing_fingerprints_differ_from_those_of_the_keys(made):
+    public, _ = made
+    shown = signing_fingerprint(load_signing(public))
+    assert shown.startswith("SHA256:")
+    assert shown != fingerprint(load_public(public))
+
+
+@pytest.mark.parametrize("command", ["identity", "show"])
+def test_the_commands_show_both_fingerprints(made, command, capsys):
+    public, secret = made
+    if command == "identity":
+        without_signing(public)
+    with pytest.raises(SystemExit) as stop:
+        main(["keys", command, str(secret if command == "identity" else public)])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert signing_fingerprint(load_signing(public)) in out
+    assert (fingerprint(load_public(public)) in out) == (command == "show")

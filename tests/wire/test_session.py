@@ -20,8 +20,10 @@ from tests.wire.talk import (
     TERMS,
     backward,
     backward_done,
+    fetch,
     forward,
     forward_done,
+    piece,
     refusal,
     refused,
     say,
@@ -29,7 +31,8 @@ from tests.wire.talk import (
 
 # ---- every state x every kind, against a matrix written by hand
 
-# Each state is reached with a forward of step 0 that is open and steps 1 (kept) and 2 (its backward open) answered.
+# Each state is reached with a forward (3) and a fetch (4) that are open, and steps 1 (kept) and 2 (its backward open)
+# answered.
 WORK = [
     forward(1, keep=True),
     forward_done(1),
@@ -37,6 +40,7 @@ WORK = [
     forward_done(2),
     backward(2),
     forward(3),
+    fetch(4),
 ]
 ROADS = {
     State.NEW: [],
@@ -51,10 +55,12 @@ SAID = {
     "forward": forward(9),
     "backward": backward(1),
     "release": Release(session=SESSION, steps=(1,)),
+    "fetch": fetch(9),
     "bye": BYE,
     "welcome": WELCOME,
     "forward_done": forward_done(3),
     "backward_done": backward_done(2),
+    "piece": piece(4),
     "refused": refused(),
     "closed": CLOSED,
 }
@@ -65,10 +71,12 @@ hello         GREETING  GREETING  REOPENING  REOPENING  -        -
 forward       -         -         OPEN       -          -        -
 backward      -         -         OPEN       -          -        -
 release       -         -         OPEN       -          -        -
+fetch         -         -         OPEN       -          -        -
 bye           -         CLOSING   CLOSING    CLOSING    CLOSING  CLOSED
 welcome       -         OPEN      OPEN       OPEN       CLOSING  -
 forward_done  -         -         OPEN       REOPENING  CLOSING  -
 backward_done -         -         OPEN       REOPENING  CLOSING  -
+piece         -         -         OPEN       REOPENING  CLOSING  -
 refused       NEW       NEW       OPEN       REOPENING  CLOSING  CLOSED
 closed        -         CLOSED    CLOSED     CLOSED     CLOSED   CLOSED
 """
@@ -77,7 +85,7 @@ CELLS = [(State[s], line[0], nxt) for line in _LINES for s, nxt in zip(_HEAD, li
 
 
 def test_the_matrix_is_complete():
-    assert len(CELLS) == len(State) * len(SAID) == 60
+    assert len(CELLS) == len(State) * len(SAID) == 72
 
 
 @pytest.mark.parametrize("role", ROLES)

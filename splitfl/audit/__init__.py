@@ -1,0 +1,1 @@
+"""What can be recovered from what crosses: attacks that run, one file each."""
