@@ -21,6 +21,7 @@ import torch
 
 from party.bookkeeping import Book
 from party.evaluate import Score, evaluate
+from party.federated_bound_of import bound_of, resting
 from party.federated_end import disclosed, results_of, write_adapter
 from party.federated_model import SharedModel
 from party.federated_state import PlainStates, SealedStates
@@ -94,9 +95,13 @@ class Participant:
     ) -> None:  # fmt: skip
         self.settings, self.kit, self.run, self.data, self.place, self.book = settings, kit, run, data, place, book
         self.rule = rule_named(settings.rule, settings.rule_options())
-        check_combination(self.rule, settings.sum, dp=settings.dp_sgd)
+        check_combination(self.rule, settings.sum, dp=settings.dp_sgd or settings.sum_noise is not None)
         self.shared = SharedModel(place.model)
         self.first = self.rule.first(self.shared.template(settings.federation_r), settings.federation_seed)
+        self.settings, self.keeper = bound_of(
+            settings, self.rule, self.first, run, data.train_set, preparation, book.run
+        )
+        """Holds this party to the bound on its updates; None where there is no bound."""
         self.rank = settings.r if settings.federation_r not in (None, settings.r) else None
         self.protocol = preparation.protocol.name
         self.states = PlainStates(self.rule, self.first)
@@ -109,10 +114,14 @@ class Participant:
     def run_rounds(self) -> int:
         """Every round, then what is left of it."""
         started, rows = time.monotonic(), len(self.data.train)
+        if self.keeper is not None:
+            rows = self.keeper.promise.units or 0
         self.book.ledger.check(self._release("planned"))
         self._describe()
         with take_part(self.settings, self.kit, self.run, self.rule, self.first, rows) as client:
             assert client.entered is not None  # noqa: S101  inside the with block
+            if self.keeper is not None:
+                self.keeper.enter(client)
             rounds = client.entered.rounds
             self.states = self._box(client.entered.federation)
             self.place.log.write("start", **self._start_facts(client))
@@ -159,9 +168,13 @@ class Participant:
         if not task.kept and task.reason:
             say(f"the round before was dropped: {task.reason}")
         if task.saved is None:
+            if self.keeper is not None:
+                self.keeper.admit(task.round)
             vector = self._made(state, course, training)
             self.book.ledger.charge(self._release(hashlib.blake2b(vector.tobytes(), digest_size=16).hexdigest()))
         else:
+            if self.keeper is not None:
+                self.keeper.note(task.round)  # it may have been killed between the two
             say(f"round {task.round}: the update made before goes out again")
             vector = np.zeros(client.facts.lengths[task.round % len(client.facts.lengths)], dtype=np.float32)
         trained = time.monotonic()
@@ -223,13 +236,15 @@ class Participant:
     ) -> tuple[State | None, float | None]:
         """The next state, and how far it is from the mean of the products where that can be known."""
         assert client.entered is not None  # noqa: S101
-        weight = min(float(len(self.data.train)), client.entered.max_weight)
+        largest = client.entered.max_weight
+        weight = min(float(len(self.data.train)), largest) if self.keeper is None else self.keeper.weight(largest)
         if self.rule.by_mean(course.round):
-            self._warn_of_clip(vector, client.entered.clip)
-            opened = task.submit(vector, weight)
+            still = resting(self.settings, self.rule, state, course.round, course.step, vector.size)
+            self._warn_of_clip(vector - still, client.entered.clip)
+            opened = task.submit(vector - still, weight)
             if opened is None:
                 return None, None
-            mean = opened.mean[: self.rule.length(state, course.round, course.step)]
+            mean = (opened.mean + still)[: self.rule.length(state, course.round, course.step)]
             return self.rule.from_mean(state, mean, course.round, course.step), None
         result = task.exchange(_WEIGHT.pack(weight) + vector.tobytes(), weight)
         if result is None:
@@ -283,7 +298,7 @@ class Participant:
             personal = self._scored(after, course, "personal")
             return _higher_is_better(personal), None
         own = None
-        if self.own is not None:
+        if self.own is not None and self.settings.sum_noise is None:  # no noise is in this party's own model
             self.shared.load(self.own, before.merged)
             own = _higher_is_better(self._score())
         return own, _higher_is_better(self._scored(after, course, "during"))
@@ -335,14 +350,19 @@ class Participant:
         partial_file.replace(path)
 
     def _release(self, name: str) -> Release:
-        """One update that leaves; the same bytes are the same release, however often they are sent."""
+        """One update that leaves; the same bytes are the same release, however often they are sent.
+
+        With a bound on all of them there is one release for all.
+        """
+        if self.keeper is not None:
+            return self.keeper.promise.release
         return Release(
             release_id=f"update:{self.book.run}:{name}",
             dataset=self.data.train_set.fingerprint,
             unit=self.data.train_set.unit,
             units=None,
             channel="adapter",
-            mechanism="none",
+            mechanism="none" if self.settings.preset is None else f"dp-lora, {self.settings.preset}",
             sensitivity=None,
             sigma=None,
             rho=None,
@@ -354,7 +374,8 @@ class Participant:
         """What the federation lets leave, in the run's disclosure."""
         path = self.run.path / "disclosure.json"
         told = json.loads(path.read_text(encoding="utf-8"))
-        told["federation"] = disclosed(self.rule, self.settings.sum)
+        claim = None if self.keeper is None else self.keeper.promise.claim
+        told["federation"] = disclosed(self.rule, self.settings.sum, claim)
         replace_text(path, json.dumps(told, indent=2) + "\n")
 
     def _start_facts(self, client: RoundClient) -> dict[str, Any]:
@@ -365,7 +386,7 @@ class Participant:
             "task": self.kit.plan.task, "rule": self.rule.name, "sum": self.settings.sum, "form": self.data.form,
             "federation": client.entered.federation, "sums": client.entered.rounds, "train_rows": counts.rows,
             "train_tokens": counts.tokens, "layers": self.kit.plan.layers, "bottom": self.kit.plan.bottom,
-            "top": self.kit.plan.top, "fingerprint": self.kit.plan.trunk,
+            "top": self.kit.plan.top, "fingerprint": self.kit.plan.trunk, "cpu_seconds": time.process_time(),
         }  # fmt: skip
 
     # ---- the end
@@ -396,7 +417,8 @@ class Participant:
         say(f"{outcome.reason or 'finished'}; the adapter is {chosen}")
         sent, received = traffic[0] + self.place.traffic.bytes_sent, traffic[1] + self.place.traffic.bytes_received
         self.place.log.write("end", seconds=seconds, rounds=outcome.rounds, best_round=outcome.best_round,
-                             peak_rss_bytes=peak_rss_bytes(), bytes_sent=sent, bytes_received=received)  # fmt: skip
+                             peak_rss_bytes=peak_rss_bytes(), cpu_seconds=time.process_time(), bytes_sent=sent,
+                             bytes_received=received)  # fmt: skip
         say(f"{outcome.rounds} sums in {seconds:.0f} s; {as_size(sent)} sent, {as_size(received)} received")
         if self.settings.json is not None:
             results = results_of(self.protocol, outcome, before, after, sent, received, seconds)

@@ -33,8 +33,8 @@ def write_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def disclosed(rule: Rule, summation: str) -> dict[str, str]:
-    """What a federation lets leave, in words."""
+def disclosed(rule: Rule, summation: str, claim: str | None = None) -> dict[str, str]:
+    """What a federation lets leave, in words; `claim` is the bound on it, where there is one."""
     sees = {
         "plain": "every update of this party, and so the state",
         "mask": "the sum of all updates, not one of them, unless all but one of the others work with it",
@@ -48,7 +48,9 @@ def disclosed(rule: Rule, summation: str) -> dict[str, str]:
         "how_often": "once a round; the same bytes again if a round begins anew",
         "coordinator_sees": sees,
         "other_parties_see": others,
-        "bound": f"none: {summation} hides updates from the coordinator, and bounds nothing of what the sum tells"
+        "bound": claim
+        if claim is not None
+        else f"none: {summation} hides updates from the coordinator, and bounds nothing of what the sum tells"
         if summation != "plain"
         else "none",
     }

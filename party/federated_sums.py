@@ -7,9 +7,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
+from party.federated_bounds import SumNoiser
 from party.rounds import RoundClient
 from party.rundir import RunDirectory
 from splitfl.aggregation.rule import Rule
@@ -24,6 +26,7 @@ from splitfl.wire.keys import load_keys, load_public
 from splitfl.wire.round_frames import PIECE_BYTES
 from splitfl.wire.round_messages import Facts
 
+SUM_OPTIONS = ("sum_noise", "sum_norm", "sum_delta", "sum_colluders", "sum_dropouts")
 FOLDER = "federation"
 """In the run directory: what a party must not lose between two processes."""
 _LISTED = 512  # sums whose lengths are listed; a federation of more must repeat itself
@@ -57,7 +60,9 @@ def enter(
     assert settings.key is not None  # noqa: S101
     assert settings.coordinator_key is not None  # noqa: S101
     with contextlib.ExitStack() as stack:
-        stages, factory = _sealers(settings, stack)
+        entered: list[RoundClient] = []
+        noiser = partial(_noiser, settings, run, entered) if settings.sum_noise is not None else None
+        stages, factory = _sealers(settings, stack, noiser)
         socket = PartySocket(
             settings.federate,
             keys=load_keys(settings.key),
@@ -72,11 +77,19 @@ def enter(
             rows=rows,
             timeout_s=settings.timeout,
         )
+        entered.append(client)
         yield stack.enter_context(client)
 
 
+def _noiser(settings: TuneSettings, run: RunDirectory, entered: list[RoundClient]) -> SumNoiser:
+    """What noises this party's updates; how many sums there are is known once the federation is entered."""
+    (client,) = entered
+    assert client.entered is not None  # noqa: S101  there are no terms before
+    return SumNoiser(settings, run.path / FOLDER / "noise", client.entered.rounds)
+
+
 def _sealers(
-    settings: TuneSettings, stack: contextlib.ExitStack
+    settings: TuneSettings, stack: contextlib.ExitStack, noiser: Callable[[], SumNoiser] | None
 ) -> tuple[tuple[Stage, ...], Callable[[RoundTerms], Sealer]]:
     """The stages of the sum, and what makes this party's side of one attempt."""
     if settings.sum == "plain":
@@ -98,6 +111,9 @@ def _sealers(
         "ckks": ("ckks", "CkksSealer"),
     }[settings.sum]
     sealer = getattr(_module(f"splitfl.aggregation.{module}"), name)
+    if noiser is not None:
+        noised = cache(noiser)  # one for all rounds
+        return sealer.stages, lambda terms: noised().sealed(sealer, terms, keys, identities)
     return sealer.stages, lambda terms: sealer(terms, keys, identities, **options)
 
 
@@ -114,13 +130,15 @@ def _module(name: str) -> Any:
 
 def _facts(settings: TuneSettings, kit: Kit, rule: Rule, first: State, stages: tuple[Stage, ...]) -> Facts:
     """What must be the same at every party."""
-    common = {
+    common: dict[str, Any] = {
         "whole": settings.model is not None,
         "plan": kit.plan.digest,
         "trunk": kit.plan.trunk,
         "rule": asdict(rule),
         "start": first.digest,
     }
+    if settings.sum_noise is not None:
+        common["noise"] = [getattr(settings, name) for name in SUM_OPTIONS]
     return Facts(
         layout=first.layout.digest,
         base=hashlib.blake2b(json.dumps(common, sort_keys=True).encode(), digest_size=32).hexdigest(),

@@ -89,7 +89,7 @@ def plan_offline(settings: TuneSettings, kit: Kit, train: DataSet) -> OfflinePre
             "--bias all would tune the emulator's biases too, and the full model has others in their place.",
             expected="--bias none or lora_only",
         )
-    private = _plan_private(settings, train) if settings.dp_sgd else None
+    private = plan_bound(settings, train) if settings.dp_sgd else None
     if settings.emulator is not None:
         emulator, fetched = find_emulator(settings, kit), Counted()
     else:
@@ -121,9 +121,17 @@ def find_emulator(settings: TuneSettings, kit: Kit) -> Emulator:
     return emulator
 
 
-def _plan_private(settings: TuneSettings, train: DataSet) -> PrivatePlan:
-    _check_private(settings)
+def plan_bound(settings: TuneSettings, train: DataSet) -> PrivatePlan:
+    """The noise that the settings ask for: of this run's own steps, or of all rounds of a federation.
+
+    Raises:
+        UsageError: settings under which the bound would not hold; the extra is not installed.
+    """
     _module("party.private_sgd")  # whether it can be had is known before there is a run
+    if settings.federate is not None:
+        federated: PrivatePlan = _module("party.federated_private").plan_federated(settings, train)
+        return federated
+    check_private(settings)
     assert settings.dp_clip is not None  # noqa: S101
     assert settings.dp_delta is not None  # noqa: S101
     plan: PrivatePlan = _module("party.private_plan").plan_private(
@@ -153,7 +161,7 @@ def _module(name: str) -> Any:
         ) from error
 
 
-def _check_private(settings: TuneSettings) -> None:
+def check_private(settings: TuneSettings) -> None:
     """Refuse whatever would make the gradient of one row depend on another, or train past the noise."""
     if settings.padding_side == "left":
         raise UsageError(
@@ -210,11 +218,11 @@ def train_offline(
             log=log,
             release=charge,
             measured=f" ({WITH_EMULATOR})",
-            **_private_loop(settings, data, private),
+            **private_loop(settings, data, private),
         )
 
 
-def _private_loop(settings: TuneSettings, data: Data, private: PrivatePlan | None) -> dict[str, Any]:
+def private_loop(settings: TuneSettings, data: Data, private: PrivatePlan | None) -> dict[str, Any]:
     """The trainer and the training arguments, where they are not the usual ones."""
     if private is None:
         return {}

@@ -154,6 +154,10 @@ class PrivateGradient:
             p.grad_sample = None  # type: ignore[attr-defined]
         return total / len(units) if units else None
 
+    def close(self) -> None:
+        """Take the hooks off the model, so that it can be trained again, with other parameters."""
+        self._hooks.remove_hooks()
+
     def _check_parameters(self) -> None:
         """Whatever else were trained would get a gradient without noise."""
         if {id(p) for p in self.model.parameters() if p.requires_grad} != {id(p) for p in self.parameters}:
@@ -284,6 +288,13 @@ class PrivateTrainer(SplitTrainer):
             collator=self.collator,
             task=self.plan.task,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's; afterwards the model is free of hooks, and this trainer is used up."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._gradient.close()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Poisson batches of units."""

@@ -43,7 +43,7 @@ class Told:
     aggregator: list[float] = field(default_factory=list)
     """Processor seconds from the parties' vectors to the next state."""
     validation: list[float] = field(default_factory=list)
-    """Nats, before the first round and after each."""
+    """Nats, after each round."""
 
 
 class Federation:
@@ -55,7 +55,8 @@ class Federation:
         rule: how updates are combined.
         parties: who takes part; weights are their numbers of training rows.
         ranks: of each; empty where all have the federation's.
-        rate: learning rate; AdamW without decay, anew in each round.
+        rate: learning rate of the adapter; AdamW without decay, anew in each round.
+        head_rate: of a head; that of the adapter, if left out.
         batch: rows of a step.
         seed: of factors and batches.
         judges: whose validation rows a model of all is scored on; those who take part, if left out.
@@ -64,9 +65,11 @@ class Federation:
     def __init__(
         self, ground: Ground, tuned: Tuned, rule: Rule, parties: Sequence[Party], *, ranks: Sequence[int] = (),
         rate: float, batch: int, seed: int, judges: Sequence[Party] = (),
+        head_rate: float | None = None,
     ) -> None:  # fmt: skip
         self.ground, self.tuned, self.rule, self.parties, self.rate = ground, tuned, rule, parties, rate
-        self._judges = judges or parties
+        self._part = 1.0
+        self._judges, self._head_rate = judges or parties, rate if head_rate is None else head_rate
         self.ranks: list[int | None] = list(ranks) or [None] * len(parties)
         self.weights = [float(len(party.train)) for party in parties]
         self.state = self._trained_from = rule.first(tuned.template, seed)
@@ -78,9 +81,9 @@ class Federation:
         self._batches = [_batches(party.train, batch, party.number, seed) for party in parties]
 
     def run(self, rounds: int, local_steps: int) -> None:
-        """All rounds."""
-        self.told.validation.append(self.validation(0))
+        """All rounds; the rate falls from round to round, in equal steps, to one step above nothing."""
         for round in range(rounds):
+            self._part = 1 - round / rounds
             rows = [[next(batches) for _ in range(local_steps)] for batches in self._batches]
             self._round(round, rows)
             self.told.validation.append(self.validation(round + 1))
@@ -148,10 +151,14 @@ class Federation:
     def _steps(self, rows: Sequence[list[Example]], correction: Mapping[str, torch.Tensor]) -> None:
         model = self.tuned.model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimiser = torch.optim.AdamW(trained.values(), lr=self.rate, weight_decay=0.0)
+        head = [p for name, p in trained.items() if "lora_" not in name]
+        rest = [p for name, p in trained.items() if "lora_" in name]
+        rates = self.rate * self._part, self._head_rate * self._part
+        groups = [{"params": some, "lr": rate} for some, rate in zip((rest, head), rates, strict=True)]
+        optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         for batch in rows:
             optimiser.zero_grad(set_to_none=True)
-            self.tuned.loss(self.ground.collator, batch).backward()  # type: ignore[no-untyped-call]  # torch
+            self.tuned.loss(self.ground.collator, batch).backward()
             for module, more in correction.items():
                 grad = trained[f"{_PREFIX}{module}{_CORE_END}"].grad
                 assert grad is not None  # noqa: S101
@@ -165,7 +172,7 @@ class Federation:
             parameter.requires_grad_("lora_" in name)
         self.tuned.model.zero_grad(set_to_none=True)
         for batch in rows:
-            (self.tuned.loss(self.ground.collator, batch) / len(rows)).backward()  # type: ignore[no-untyped-call]
+            (self.tuned.loss(self.ground.collator, batch) / len(rows)).backward()
         return gradients(self.tuned.model, start)
 
     # ---- scores

@@ -43,6 +43,18 @@ class Remembered(PassThrough):
         return self.form(self.current)
 
 
+class MeanOfTokens(nn.Module):
+    """Stands where an encoder has its pooler: what a sentence encoder is trained to be read by."""
+
+    mask: torch.Tensor
+    """int64 [B, T], set before each pass."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The mean over the tokens that are not padding, [B, D] from [B, T, D]."""
+        counted = self.mask[..., None].to(hidden_states.dtype)
+        return (hidden_states * counted).sum(1) / counted.sum(1)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Party:
     """The rows of one party."""
@@ -108,7 +120,9 @@ class Ground:
             )  # fmt: skip
         base.requires_grad_(False)
         base.config.use_cache = False
-        base.eval()
+        base.eval()  # no dropout, in training neither: the layers below are computed once
+        if hasattr(base.base_model, "pooler"):
+            base.base_model.pooler = MeanOfTokens()
         stack, below = module_at(base.base_model, self.plan.stack), self.plan.layers - self.plan.top
         assert isinstance(stack, nn.ModuleList)  # noqa: S101
         if not below:
@@ -135,6 +149,8 @@ class Ground:
             batch = self.collator(some)
             batch.pop(ROW)
             batch.pop("labels")
+            if hasattr(base.base_model, "pooler"):
+                base.base_model.pooler.mask = batch["attention_mask"]
             base(**batch)
             hidden = seen.pop()
             found |= {e[ROW]: h[: len(e["input_ids"])].clone() for e, h in zip(some, hidden, strict=True)}
@@ -153,10 +169,11 @@ class Tuned:
 
     def __init__(self, base: PreTrainedModel, plan: Plan, memory: tuple[Remembered, list[torch.Tensor]] | None) -> None:
         self._memory = memory
+        self._pooler = getattr(base.base_model, "pooler", None)
         self._config = lora_config(base, plan, r=RANK, lora_alpha=ALPHA, target_modules=["all-linear"])
         self._own = self._config
         self._ranks: dict[str, int] = {}
-        self.model: PeftModel = add_lora(base, self._config)
+        self.model: PeftModel = add_lora(base, self._config).eval()
         self.template = self.update()
         self._plain = {name: self._layer(name).weight.detach().clone() for name in self.template.pairs}
         self._merged: object = None
@@ -176,13 +193,15 @@ class Tuned:
         ranks = {name: pair.rank for name, pair in update.pairs.items()}
         if ranks != (self._ranks or dict.fromkeys(ranks, RANK)):
             self._own = config_of(update, self._config)
-            self.model = add_lora(self.model.unload(), self._own)
+            self.model = add_lora(self.model.unload(), self._own).eval()
         self._ranks = ranks
         set_peft_model_state_dict(self.model, adapter_from_update(update, self._own))
 
     def remember(self, batch: dict[str, torch.Tensor]) -> None:
         """Take the rows' numbers out of a batch, and have their outputs ready for the next pass."""
         numbers = batch.pop(ROW).tolist()
+        if self._pooler is not None:
+            self._pooler.mask = batch["attention_mask"]
         if self._memory is None:
             return
         stand_in, outputs = self._memory

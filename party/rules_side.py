@@ -23,6 +23,7 @@ from splitfl.bench.rules_cases import (
     BEFORE,
     DOWN,
     ERROR,
+    HEAD,
     KEPT,
     LOCAL,
     OWN,
@@ -49,6 +50,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._grounds: dict[str, Ground] = {}
+        self._untuned: dict[tuple[str, int], tuple[float, float]] = {}
+        """Held-out score and validation loss of the untuned model, by task and seed: no rule changes it."""
 
     def answer(self, order: RulesOrder) -> Line:
         """Do what was asked."""
@@ -74,11 +77,14 @@ class Worker:
         started = time.monotonic()
         ground = self._grounds[order.task]
         federations = _federations(ground, order)
-        before = _score_before(federations[0], ground, order)
+        key = order.task, order.seed
+        if key not in self._untuned:
+            self._untuned[key] = _score_untuned(federations[0], ground, order)
+        before, loss = self._untuned[key]
         for federation in federations:
             federation.run(order.rounds, order.local_steps)
-        figures = {BEFORE: before, **_scores(federations, ground, order), **_validation(federations)}
-        if order.rule not in (LOCAL, POOLED):
+        figures = {BEFORE: before, **_scores(federations, ground, order), **_validation(federations, loss)}
+        if order.rule not in (LOCAL, POOLED, HEAD):
             figures |= _told(federations[0])
         return figures | {SECONDS: time.monotonic() - started}
 
@@ -93,7 +99,7 @@ def _federations(ground: Ground, order: RunRule) -> list[Federation]:
     return [
         Federation(
             ground, tuned, rule, group, ranks=order.ranks, rate=order.rate, batch=batch, seed=order.seed,
-            judges=parties if order.rule == POOLED else (),
+            judges=parties if order.rule == POOLED else (), head_rate=order.head_rate,
         )
         for group in groups
     ]  # fmt: skip
@@ -102,10 +108,10 @@ def _federations(ground: Ground, order: RunRule) -> list[Federation]:
 # ---- figures
 
 
-def _score_before(federation: Federation, ground: Ground, order: RunRule) -> float:
-    for _ in federation.models(0):
-        return statistics.fmean(_metric(federation.score(p.held_out), order) for p in ground.parties)
-    raise AssertionError
+def _score_untuned(federation: Federation, ground: Ground, order: RunRule) -> tuple[float, float]:
+    federation.tuned.load(federation.state, federation.state.adapter)
+    held_out = statistics.fmean(_metric(federation.score(party.held_out), order) for party in ground.parties)
+    return held_out, statistics.fmean(federation.score(party.validation).loss for party in ground.parties)
 
 
 def _scores(federations: Sequence[Federation], ground: Ground, order: RunRule) -> dict[str, float]:
@@ -132,9 +138,9 @@ def _metric(score: Score, order: RunRule) -> float:
     return score.accuracy if TASKS[order.task].metric == "accuracy" else score.loss
 
 
-def _validation(federations: Sequence[Federation]) -> dict[str, float]:
+def _validation(federations: Sequence[Federation], untuned: float) -> dict[str, float]:
     """Validation loss by round, mean over the federations, and how much of the best round's gain the last one kept."""
-    losses = [statistics.fmean(of) for of in zip(*(f.told.validation for f in federations), strict=True)]
+    losses = [untuned] + [statistics.fmean(of) for of in zip(*(f.told.validation for f in federations), strict=True)]
     gained = losses[0] - min(losses)
     figures = {of_round(VALIDATION, number): loss for number, loss in enumerate(losses)}
     return {**figures, VALIDATION: losses[-1], KEPT: (losses[0] - losses[-1]) / gained if gained > 0 else 0.0}

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from party.bookkeeping import DataSet, run_name
+from party.dp_lora import with_preset
 from party.evaluate import Score, evaluate
 from party.fetch import since_fetch
 from party.model import check_device, resolve_dtype
@@ -61,7 +62,7 @@ def tune(settings: TuneSettings) -> int:
         torch.set_num_threads(settings.threads)
     check_device(settings.device)
     kit = open_kit(settings.kit)
-    settings = since_fetch(settings)
+    settings = with_preset(since_fetch(settings))
     run = RunDirectory(settings.out)
     run.check(resume=settings.resume)
     checkpoint = run.latest_checkpoint(kit.plan) if settings.resume else None
@@ -72,7 +73,7 @@ def tune(settings: TuneSettings) -> int:
     if protocol_named(settings.protocol).whole:
         from party.whole import plan_whole  # it stands on what this file needs
 
-        preparation = plan_whole(settings)
+        preparation = plan_whole(settings, kit, data.train_set)
     elif protocol_named(settings.protocol).offline:
         preparation = plan_offline(settings, kit, data.train_set)
     else:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from peft import PeftModel
 
-from party.bookkeeping import Book, keep_name
+from party.bookkeeping import Book, DataSet, keep_name
+from party.dp_lora import WITHHELD, Literal, LiteralTrainer, check_literal, literal_preview
 from party.model import check_device, resolve_dtype
-from party.offline import untracked
+from party.offline import plan_bound, private_loop, untracked
 from party.opening import Preparation, say
 from party.protect import Protection
 from party.rundir import RunDirectory
@@ -27,21 +30,55 @@ from splitfl.metrics import RunLog
 from splitfl.privacy import calibration
 
 if TYPE_CHECKING:
+    from party.private_plan import PrivatePlan
     from party.tune import Data
 
 
-def plan_whole(settings: TuneSettings) -> Preparation:
-    """What such a run promises about rows: nothing is sent of them, and nothing bounds what updates tell."""
-    claim = calibration.Claim(
-        mechanism="plain training", channel="the adapter", unit="record",
-        adversary="whoever sees an update or the sum", releases_planned=1, formal=False,
-        because="it is tuned on the rows without any noise",
+@dataclass(frozen=True, kw_only=True)
+class WholePreparation(Preparation):
+    """What a run on the whole model promises about its updates."""
+
+    private: PrivatePlan | None = None
+
+    def show(self) -> None:
+        """Say what leaves, and under which bound."""
+        what = "answers of the tuned model to public rows" if self.protocol.distils else "updates of the adapter"
+        say(f"no tensor of a row is sent; what leaves are {what}")
+        wide = max((len(label) for label, _ in self.preview), default=0)
+        for label, text in self.preview:
+            say(f"{label:{wide}}  {text}")
+
+    @property
+    def bounds(self) -> dict[tuple[str, str], str]:
+        """No tensor of a row is sent."""
+        return {}
+
+
+def plan_whole(settings: TuneSettings, kit: Kit, train: DataSet) -> WholePreparation:
+    """What such a run promises: nothing is sent of a row; with DP-SGD, a bound on what updates tell.
+
+    Raises:
+        UsageError: settings under which a bound would not hold, or that a preset has no place for.
+    """
+    private = plan_bound(settings, train) if settings.dp_sgd else None
+    if settings.preset is not None:
+        check_literal(settings, kit)
+    because = "it is tuned on the rows without any noise"
+    if settings.sum_noise is not None:
+        because = "noise is on the sums alone"
+    elif settings.preset is not None:
+        because = WITHHELD.removeprefix("epsilon: none. ")
+    claim = private.claim if private else calibration.Claim(
+        mechanism="plain training" if settings.preset is None else f"dp-lora, {settings.preset}",
+        channel="each update", unit="record", adversary="whoever sees an update", releases_planned=1, formal=False,
+        because=because,
     )  # fmt: skip
-    return Preparation(
+    return WholePreparation(
         protocol=protocol_named(settings.protocol),
         protection=Protection(trains_bottom=True, because="nothing is sent of a row"),
         claim=claim,
-        preview=tuple(calibration.preview(claim)),
+        preview=(*(private.lines() if private else []), *calibration.preview(claim)),
+        private=private,
     )
 
 
@@ -56,10 +93,28 @@ def train_whole(
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"model: {kit.plan.model_type}, all {kit.plan.layers} layers here; {tuned:,} of {parameter_count(model):,} "
         "parameters are tuned")  # fmt: skip
+    if settings.preset is not None:
+        in_a = sum(p.numel() for name, p in model.named_parameters() if ".lora_A." in name)
+        for label, text in literal_preview(settings, in_a):
+            say(f"{label:12}  {text}")
     run.prepare(settings, {})
     keep_name(run.path, book.run)
     with RunLog(run.log) as log:
-        yield Workplace(model=model, tracker=untracked(data.train_set, data.held_out_set), traffic=Counted(), log=log)
+        yield Workplace(
+            model=model,
+            tracker=untracked(data.train_set, data.held_out_set),
+            traffic=Counted(),
+            log=log,
+            **_loop(settings, data, preparation, log),
+        )
+
+
+def _loop(settings: TuneSettings, data: Data, preparation: Preparation, log: RunLog) -> dict[str, Any]:
+    """The trainer and the training arguments, where they are not the usual ones."""
+    assert isinstance(preparation, WholePreparation)  # noqa: S101  `plan_whole` made it
+    if settings.preset is not None:
+        return {"trainer": partial(LiteralTrainer, literal=Literal.of(settings.preset), log=log)}
+    return private_loop(settings, data, preparation.private)
 
 
 def whole_with_lora(settings: TuneSettings, kit: Kit, model_dir: Path, plan: Plan | None = None) -> PeftModel:

@@ -1,5 +1,6 @@
 """The protocols: who holds and trains what, and what may cross. One file a protocol; one lookup."""
 
+from protocols.dp_lora import DP_LORA
 from protocols.fed_kd import FED_KD
 from protocols.fed_params import FED_PARAMS
 from protocols.fed_split import FED_SPLIT
@@ -12,7 +13,8 @@ from protocols.split import SPLIT
 from splitfl.errors import UsageError, nearest
 
 PROTOCOLS: dict[str, Protocol] = {
-    p.name: p for p in (SPLIT, GUARDED_ONLINE, GUARDED_GRADFREE, GUARDED_OFFLINE, FED_PARAMS, FED_KD, FED_SPLIT)
+    p.name: p
+    for p in (SPLIT, GUARDED_ONLINE, GUARDED_GRADFREE, GUARDED_OFFLINE, FED_PARAMS, FED_KD, FED_SPLIT, DP_LORA)
 }
 
 PEER_PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (FEDMOD,)}

@@ -38,10 +38,10 @@ FED_KD = Protocol(
         in_plain_words=(
             "What is sent is what this party's tuned model says about rows that everybody has; no weight and no tensor "
             "of a private row leaves. That model was tuned on private rows, and its answers tell about them: from how "
-            "sure it is, one can guess which texts it was tuned on, and a public row that resembles a private one brings "
-            "out what was learnt from that. With --sum plain the coordinator reads each party's answers. The other "
-            "parties read the mean, in which an entry that one party alone sent stands as it was sent. Nothing here "
-            "bounds what it tells."
+            "sure it is, one can guess which texts it was tuned on, and a public row that resembles a private one "
+            "brings out what was learnt from that. With --sum plain the coordinator reads each party's answers. The "
+            "other parties read the mean, in which an entry that one party alone sent stands as it was sent. Nothing "
+            "here bounds what it tells."
         ),
     ),
 )

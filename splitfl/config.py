@@ -385,15 +385,18 @@ class DemoSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings(OffsiteSettings):
-    """Measure speed and size (split), what protection costs (utility), what offsite tuning is worth (offsite), or the
-    rules of combining adapters (rules)."""
+    """Measure speed and size (split), what protection costs (utility), what offsite tuning is worth (offsite), the
+    rules of combining adapters (rules), masked and encrypted sums (aggregation), rounds over sockets (rounds), or
+    the three federated designs (frameworks)."""
 
-    name: Annotated[str, typer.Argument(help="Which benchmark to run: split, utility, offsite or rules.")]
+    name: Annotated[
+        str, typer.Argument(help="Which to run: split, utility, offsite, rules, aggregation, rounds or frameworks.")
+    ]
     models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", NOT_EMPTY] = ("S", "M", "L")
     shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", SHAPE] = ("8x128", "4x512")
     work: Annotated[Literal["all", "train", "generate"], "What to measure."] = "all"
     threads: Annotated[tuple[int, ...], "CPU threads of each side. Default: 1, and 2.", at_least(1), MACHINE] = ()
-    steps: Annotated[int, "Steps or generations to measure in each case, after the warm-up.", at_least(1)] = 10
+    steps: Annotated[int, "Steps, generations, turns or rounds to measure, after the warm-up.", at_least(1)] = 10
     new_tokens: Annotated[int, "Tokens that one generation writes.", between(2, 512)] = 64
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], "Type of computation and wire.", MACHINE] = "float32"
     cache: Annotated[

@@ -221,10 +221,10 @@ class FederatedTuning(SumNoise, DistillationOptions):
             )
         if dp_sgd and freeze_a:
             raise UsageError("--dp-freeze-a with --federate: the rule says what is frozen.", hint="use --rule ffa")
-        if (dp_sgd or self.sum_noise is not None) != (self.dp_rounds is not None):
+        if (dp_sgd is not None or self.sum_noise is not None) != (self.dp_rounds is not None):
             missing = self.dp_rounds is None
             raise UsageError(
-                "Missing option --dp-rounds: a bound is one for so many rounds, and the coordinator shall not choose it."
+                "Missing option --dp-rounds: a bound is for so many rounds, which the coordinator shall not choose."
                 if missing
                 else "--dp-rounds has no effect without DP-SGD or --sum-noise.",
                 hint="as many as the coordinator's --rounds" if missing else "leave it out",

@@ -46,7 +46,9 @@ class SumNoise(Settings):
         if self.sum_noise is None:
             given = [name for name in (*_PARTS, "sum_colluders", "sum_dropouts") if getattr(self, name)]
             if given:
-                raise UsageError(f"{_flag(given[0])} has no effect without --sum-noise.", hint="add it, or leave it out")
+                raise UsageError(
+                    f"{_flag(given[0])} has no effect without --sum-noise.", hint="add it, or leave it out"
+                )
             return
         for name in _PARTS:
             if getattr(self, name) is None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from model_owner.rounds.coordinator import Coordinator
 from model_owner.rounds.engine import Engine, SummerFactory
@@ -48,9 +49,11 @@ def federate(settings: FederateSettings, *, factory: SummerFactory | None = None
         UsageError, KeyFileError, ResourceError, DataError: as their names say.
     """
     rule = round_rule(settings.rule, settings.sum)
-    check_combination(rule, settings.sum, parties=settings.fewest)
+    check_combination(rule, settings.sum, parties=settings.fewest, dp=settings.sum_noise is not None)
+    noise = partial(settings.sum_plan, sums=sums_in(rule, settings.rounds))
+    factory = factory or summer_factory(settings.sum, rule, settings.parties, noise)
     with _logging(settings.log_level):
-        return asyncio.run(_federate(settings, rule, factory or summer_factory(settings.sum, rule, settings.parties)))
+        return asyncio.run(_federate(settings, rule, factory))
 
 
 async def _federate(settings: FederateSettings, rule: Rule, factory: SummerFactory) -> int:

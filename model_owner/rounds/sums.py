@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from model_owner.rounds.engine import SummerFactory
 from model_owner.rounds.logit_sum import logit_summer
 from splitfl.aggregation.logits import RULE as KD
+from splitfl.aggregation.noise import NoisePlan
 from splitfl.aggregation.rule import Rule
 from splitfl.aggregation.sums import RoundTerms, Stage, Summer
 from splitfl.errors import PeerError
@@ -19,6 +20,7 @@ from splitfl.wire.round_frames import pack_parts
 from splitfl.wire.round_messages import SumName
 
 _WEIGHT = struct.Struct("<d")
+Planned = Callable[[RoundTerms], NoisePlan | None]
 
 
 def stages_of(name: SumName) -> tuple[Stage, ...]:
@@ -38,13 +40,18 @@ def stages_of(name: SumName) -> tuple[Stage, ...]:
             return EncryptedSealer.stages
 
 
-def summer_factory(name: SumName, rule: Rule, parties: Path) -> SummerFactory:
+def no_noise(terms: RoundTerms) -> None:
+    """The plan of a round whose sum is not noised."""
+
+
+def summer_factory(name: SumName, rule: Rule, parties: Path, planned: Planned = no_noise) -> SummerFactory:
     """What makes the coordinator's side of one attempt.
 
     Args:
         name: the way of summing.
         rule: of the federation; in rounds for which a mean is not enough, every update goes to every party as it is.
         parties: the allow-list, whose files also hold the parties' signing keys.
+        planned: the noise that the parties add to the sum of a round.
     """
 
     def make(terms: RoundTerms) -> Summer:
@@ -52,12 +59,12 @@ def summer_factory(name: SumName, rule: Rule, parties: Path) -> SummerFactory:
             return logit_summer(terms)
         if name == "plain" and not rule.by_mean(place_of(rule, terms.round)[0]):
             return Combiner(terms, _relay, check=_check_size, max_bytes=update_bytes(name, terms.length))
-        return _summer(name, terms, parties)
+        return _summer(name, terms, parties, planned(terms))
 
     return make
 
 
-def _summer(name: SumName, terms: RoundTerms, parties: Path) -> Summer:
+def _summer(name: SumName, terms: RoundTerms, parties: Path, noise: NoisePlan | None) -> Summer:
     if name == "plain":
         from splitfl.aggregation.plain import PlainSummer
 
@@ -69,11 +76,11 @@ def _summer(name: SumName, terms: RoundTerms, parties: Path) -> Summer:
         case "mask":
             from splitfl.aggregation.mask_sums import MaskSummer
 
-            return MaskSummer(terms, identities)
+            return MaskSummer(terms, identities, noise=noise, allow_two=noise is not None)
         case "mask+hidden":
             from splitfl.aggregation.hidden import HiddenSummer
 
-            return HiddenSummer(terms, identities)
+            return HiddenSummer(terms, identities, noise=noise, allow_two=noise is not None)
         case "bfv":
             from splitfl.aggregation.bfv import BfvSummer
 

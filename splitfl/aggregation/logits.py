@@ -48,7 +48,7 @@ _MOST_ENTRIES = 1 << 36
 _CHUNK = 1 << 20  # entries that are averaged at once
 _HIDDEN: tuple[Summation, ...] = ("mask+hidden", "bfv", "ckks")
 
-Ids: TypeAlias = npt.NDArray[np.int64]
+Ids: TypeAlias = npt.NDArray[Any]
 Steps: TypeAlias = npt.NDArray[np.uint16]
 
 
@@ -160,7 +160,7 @@ class Upload:
     """What one party says."""
 
     ids: Ids
-    """[P, k], rising in each row."""
+    """[P, k], rising in each row; of any whole type, as a large upload stays as it came."""
     steps: Steps
     """[P, k]."""
     weight: float
@@ -212,8 +212,8 @@ def read_upload(blob: bytes, *, layout_digest: str, max_weight: float) -> tuple[
         ids, start = np.broadcast_to(np.arange(classes, dtype=np.int64), shape), _UPLOAD.size
     else:
         raw = np.frombuffer(blob, dtype=layout.id_type, count=count, offset=_UPLOAD.size).reshape(shape)
-        ids, start = raw.astype(np.int64), _UPLOAD.size + count * layout.id_type.itemsize
-        if ids.max() >= classes or not (np.diff(ids, axis=1) > 0).all():
+        ids, start = raw, _UPLOAD.size + count * layout.id_type.itemsize
+        if raw.max() >= classes or not (raw[:, 1:] > raw[:, :-1]).all():
             raise WireError("The ids in an upload of logits are not sound.", expected=f"rising, below {classes}")
     steps = np.frombuffer(blob, dtype="<u2", count=count, offset=start).reshape(shape)
     return layout, Upload(ids=ids, steps=steps, weight=weight)
@@ -242,7 +242,7 @@ def _mean_of(
     """Counts, ids and means of positions `begin` to `end`."""
     some = uploads[0].ids[begin:end]
     place = np.arange(len(some), dtype=np.int64)[:, None] * layout.classes
-    keys = np.concatenate([(place + upload.ids[begin:end]).reshape(-1) for upload in uploads])
+    keys = np.concatenate([(place + upload.ids[begin:end].astype(np.int64)).reshape(-1) for upload in uploads])
     found, where = np.unique(keys, return_inverse=True)
     weights = np.concatenate([np.full(some.size, upload.weight) for upload in uploads])
     values = np.concatenate([layout.nats(upload.steps[begin:end].reshape(-1)) for upload in uploads])

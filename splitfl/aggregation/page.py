@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 
 from splitfl.aggregation.rule import Rule, Step
 from splitfl.aggregation.rules import DEFAULT_RULE, RULES
+from splitfl.bench.rules_section import section as compared_section
+
+_COMPARED = Path(__file__).resolve().parents[2] / "docs" / "rules.json"  # not part of an installed package
 
 _HEAD = f"""\
 # Combining adapters
@@ -41,7 +46,13 @@ _PROPERTIES = ("exact", "sum alone", "linear", "mixed ranks", "noise", "same bit
 
 def page() -> str:
     """The whole page as Markdown."""
-    return "\n".join([_HEAD, *_table(), *(line for rule in RULES.values() for line in _section(rule))])
+    return "\n".join([_HEAD, *_table(), *(line for rule in RULES.values() for line in _section(rule)), *_compared()])
+
+
+def _compared() -> Iterator[str]:
+    """What `splitfl bench rules` measured, where it has been run."""
+    if _COMPARED.is_file():
+        yield from compared_section(json.loads(_COMPARED.read_text(encoding="utf-8")))
 
 
 def _table() -> Iterator[str]:

@@ -93,11 +93,13 @@ def _cut(model: Model, task: Task, kit: Path, log: Path) -> None:
 
 
 def _digest(model: Model, task: Task, steps: int, text: Path) -> str:
-    """What a kept emulator depends on: the model's files, the cut, the distillation and its text."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.path.iterdir())]
+    """What a kept emulator depends on: the model's shape and weights, the cut, the distillation and its text."""
     made = (model.keep, task.kind, task.classes, steps, BOTTOM, TOP, DISTIL_RATE, DISTIL_BATCH, DISTIL_LENGTH)
-    content = json.dumps([str(model.path.resolve()), files, made]).encode() + text.read_bytes()
-    return hashlib.blake2b(content, digest_size=6).hexdigest()
+    found = hashlib.blake2b(json.dumps(made).encode(), digest_size=6)
+    for path in (model.path / "config.json", *sorted(model.path.glob("*.safetensors")), text):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "blake2b").digest())
+    return found.hexdigest()
 
 
 def _facts(kit: Path, emulator: Path, figures: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated
 
+from splitfl.bench.frameworks_settings import FrameworksSettings
 from splitfl.bench.rules_settings import RulesSettings
 from splitfl.bench.utility_settings import UtilitySettings
 from splitfl.config_common import NOT_EMPTY, Device
@@ -12,16 +13,18 @@ from splitfl.errors import UsageError
 from splitfl.options import Panel, at_least
 
 OFFSITE = Panel("splitfl bench offsite")
-BENCHMARKS = ("split", "utility", "offsite", "rules")
+_RUNS = ("split", "utility", "offsite", "rules")
+BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks")
 
 _SHARED = {
-    "name": BENCHMARKS, "json": BENCHMARKS, "resume": BENCHMARKS, "cache": ("split", "offsite"),
-    **dict.fromkeys(("tasks", "seeds", "quick"), ("utility", "offsite", "rules")), "max_steps": ("utility", "offsite"),
+    "name": BENCHMARKS, "json": BENCHMARKS, "resume": _RUNS, "cache": ("split", "offsite"),
+    **dict.fromkeys(("tasks", "seeds"), ("utility", "offsite", "rules")), "max_steps": ("utility", "offsite"),
+    "quick": BENCHMARKS[1:], **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")), "steps": ("split", "aggregation", "rounds"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsiteSettings(UtilitySettings, RulesSettings):
+class OffsiteSettings(UtilitySettings, RulesSettings, FrameworksSettings):
     """Which models and emulators the five ways are compared with."""
 
     model: Annotated[tuple[str, ...], "embedded, a model directory, or NAME=DIRECTORY. May be repeated. Default: "
@@ -49,7 +52,8 @@ def benchmarks_of(option: str) -> tuple[str, ...]:
     """The benchmarks that look at an option."""
     if option in _SHARED:
         return _SHARED[option]
-    for settings, name in ((UtilitySettings, "utility"), (RulesSettings, "rules")):
+    own = ((UtilitySettings, "utility"), (RulesSettings, "rules"), (FrameworksSettings, "frameworks"))
+    for settings, name in own:
         if option in {field.name for field in fields(settings)}:
             return (name,)
     return ("offsite",) if option in {field.name for field in fields(OffsiteSettings)} else ("split",)

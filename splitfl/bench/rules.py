@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from splitfl.bench.children import Child
 from splitfl.bench.rules_cases import (
     ALL,
     BEFORE,
-    MIXED,
-    QUICK_ROWS,
     SECONDS,
     TASKS,
     Cell,
     Setting,
-    Task,
     chosen_rate,
     count_runs,
     plan_settings,
+    rates_on_first,
     rounds_of,
     seeds_of,
 )
@@ -63,12 +60,13 @@ def bench_rules(settings: BenchSettings) -> None:
         finally:
             course.close()
             print_tables(outcomes.cells)
-    without = [s for s in planned if s.ranks != MIXED and chosen_rate(s, seeds_of(settings)[0], outcomes.cells) is None]
+    without = [setting for setting in planned if chosen_rate(setting, seeds_of(settings)[0], outcomes.cells) is None]
     if without:
-        why = next(iter(outcomes.reasons.values()), "earlier")
+        why = next(iter(outcomes.reasons.values()), "in an earlier command")
         raise ResourceError(
-            f"{len(without)} of the rules failed at every rate; the first was {without[0].rule}: {why}",
-            hint="mend what it says, and run the command again without --resume",
+            f"{len(without)} of {len(planned)} settings have no rate at which training works; the first is "
+            f"{without[0].rule} on {without[0].task}: {why}",
+            hint="give lower --rates, with another --json file",
         )
 
 
@@ -94,11 +92,9 @@ def _run_all(
 
 
 def cells_of(settings: BenchSettings, setting: Setting, seed: int, outcomes: Outcomes, *, choosing: bool) -> list[Cell]:
-    """The runs of a setting on one seed: every rate on the first with one rank for all, else the rate chosen there."""
-    if choosing and setting.ranks != MIXED:
-        return [
-            Cell(setting=setting, rate=rate, seed=seed) for rate in setting.rates(settings.rates, quick=settings.quick)
-        ]
+    """The runs of a setting on one seed: every rate on the first, if it chooses its own, else the rate chosen there."""
+    if choosing and (rates := rates_on_first(settings, setting)):
+        return [Cell(setting=setting, rate=rate, seed=seed) for rate in rates]
     rate = chosen_rate(setting, seeds_of(settings)[0], outcomes.cells)
     return [] if rate is None else [Cell(setting=setting, rate=rate, seed=seed)]
 
@@ -113,7 +109,7 @@ def _done(settings: BenchSettings, planned: Sequence[Setting], outcomes: Outcome
 
 
 def _opening(place: Place, settings: BenchSettings, work: Path) -> OpenTask:
-    task: Task = replace(place.task, **QUICK_ROWS) if settings.quick else place.task
+    task = place.task.quick() if settings.quick else place.task
     return OpenTask(
         task=task.name,
         model=str(place.model),
@@ -136,6 +132,7 @@ def _order(cell: Cell, settings: BenchSettings) -> RunRule:
         rounds=rounds,
         local_steps=local_steps,
         batch=TASKS[cell.setting.task].batch,
+        head_rate=TASKS[cell.setting.task].head_rate,
     )
 
 

@@ -8,8 +8,8 @@ last round is used for all rules of the kind, on all seeds, and for mixed ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
 
 from splitfl.aggregation.rule import Rule
 from splitfl.aggregation.rules import RULES, rule_named
@@ -18,20 +18,22 @@ from splitfl.errors import DataError, UsageError, nearest, printable
 
 Kind: TypeAlias = Literal["causal-lm", "sequence-classification"]
 
-LOCAL, POOLED = "local only", "pooled"
-REFERENCES = (LOCAL, POOLED)
-"""Each party by itself, and the rows of all in one place; trained as the parties are, with nothing to combine."""
+LOCAL, POOLED, HEAD = "local only", "pooled", "head only"
+REFERENCES = (LOCAL, POOLED, HEAD)
+"""Each party by itself; the rows of all in one place; and for a classifier, a federation that averages the head and
+leaves the adapter as it is."""
 SAME_AS = {"fra": "flexlora"}
 """Rules that compute what another one does; run only if they are asked for by name."""
 TUNED_BY = {"A": "rolora", "B": "rolora", "both": "fedit", "core": "fed-sb"}
 """By what a rule trains in its first round: the rule whose rate it gets. Of fedlrt the core is corrected by gradients,
 and the rate is its own."""
 OWN_RATE = ("fedlrt", *REFERENCES)
-SAME, MIXED = "one rank", "mixed ranks"
+SAME: Final = "one rank"
+MIXED: Final = "mixed ranks"
 RANK, ALPHA = 8, 16
 _MIXED = (8, 4, 2, 8)
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
-ROUNDS, LOCAL_STEPS, QUICK_ROUNDS, QUICK_LOCAL_STEPS = 6, 6, 2, 2
+ROUNDS, LOCAL_STEPS, QUICK_ROUNDS, QUICK_LOCAL_STEPS = 5, 4, 2, 1
 _FACTOR_RATES, _CORE_RATES = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
 
 BEFORE, ALL, OWN, WORST, AFTER = "before training", "all rows", "own rows", "worst party", "after local steps"
@@ -66,11 +68,17 @@ class Task:
     max_length: int
     batch: int
     metric: Literal["accuracy", "loss"]
+    head_rate: float | None = None
+    """Learning rate of a head that is trained beside the adapter; the same for every rule."""
 
     @property
     def higher_is_better(self) -> bool:
         """Whether a larger score is the better one."""
         return self.metric != "loss"
+
+    def quick(self) -> Task:
+        """The same with few rows."""
+        return replace(self, train_rows=64, validation_rows=4, held_out_rows=8)
 
 
 TASKS: dict[str, Task] = {
@@ -78,17 +86,17 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             name="answers", title="answers to medical questions, a source a party", model="embedded", kind="causal-lm",
-            classes=0, shared="medquad", train_rows=480, validation_rows=12, held_out_rows=16, tuned_layers=2,
-            max_length=48, batch=4, metric="loss",
+            classes=0, shared="medquad", train_rows=480, validation_rows=8, held_out_rows=16, tuned_layers=2,
+            max_length=40, batch=4, metric="loss",
         ),
         Task(
             name="polarity", title="film reviews, positive or negative, more praise at one party than at the next",
             model="minilm", kind="sequence-classification", classes=2, shared="sentence_polarity", train_rows=480,
-            validation_rows=12, held_out_rows=60, tuned_layers=2, max_length=32, batch=4, metric="accuracy",
+            validation_rows=8, held_out_rows=50, tuned_layers=2, max_length=32, batch=4, metric="accuracy",
+            head_rate=1e-2,
         ),
     )
 }  # fmt: skip
-QUICK_ROWS = {"train_rows": 64, "validation_rows": 4, "held_out_rows": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +120,8 @@ class Setting:
 
     def rates(self, given: Sequence[float], *, quick: bool) -> tuple[float, ...]:
         """The learning rates to try, if it chooses its own; cores lie between fixed factors and need larger ones."""
+        if self.rule == HEAD:
+            return (0.0,)
         if given:
             return tuple(dict.fromkeys(given))
         core = not self.reference and RULES[self.rule].trains(1) == "core"
@@ -156,7 +166,7 @@ def parse_name(name: str) -> Cell:
 
 
 def rule_of(setting: Setting, rounds: int) -> Rule:
-    """The rule with the options it is run with. References are a federation of one party."""
+    """The rule with the options it is run with. References are federations of one party, but for the head."""
     if setting.reference:
         return RULES["fedit"]
     # As it stands it would change in round 5, and a short federation is over by then.
@@ -174,7 +184,12 @@ def plan_settings(settings: BenchSettings, tasks: Sequence[str]) -> list[Setting
         if name not in RULES:
             raise UsageError(f"There is no aggregation rule {printable(name, 40)!r}.", hint=nearest(name, RULES))
     names = [name for name in RULES if (name in settings.rules if settings.rules else name not in SAME_AS)]
-    alike = [Setting(task=task, rule=name) for task in tasks for name in (*REFERENCES, *names)]
+    alike = [
+        Setting(task=task, rule=name)
+        for task in tasks
+        for name in (*REFERENCES, *names)
+        if name != HEAD or TASKS[task].classes
+    ]
     alike += [setting.tuned_by for setting in alike if setting.tuned_by not in alike]
     alike = sorted(dict.fromkeys(alike), key=lambda setting: (setting.task, setting.tuned_by != setting))
     return alike + [
@@ -200,20 +215,21 @@ def rounds_of(settings: BenchSettings) -> tuple[int, int]:
 
 def count_runs(settings: BenchSettings, planned: Sequence[Setting]) -> int:
     """Runs from nothing."""
-    more = len(seeds_of(settings)) - 1
-    return sum(
-        1 + more if setting.ranks == MIXED else len(setting.rates(settings.rates, quick=settings.quick)) + more
-        for setting in planned
-    )
+    others = len(seeds_of(settings)) - 1
+    return sum(others + len(rates_on_first(settings, setting) or (None,)) for setting in planned)
+
+
+def rates_on_first(settings: BenchSettings, setting: Setting) -> tuple[float, ...]:
+    """The rates that a setting is run with on the first seed; none where it gets another one's."""
+    return setting.rates(settings.rates, quick=settings.quick) if setting.tuned_by == setting else ()
 
 
 def chosen_rate(setting: Setting, seed: int, cells: Mapping[str, Mapping[str, float]]) -> float | None:
-    """Of the rates run on that seed with one rank for all, the one with the least validation loss; None without any."""
-    alike = Setting(task=setting.task, rule=setting.rule)
+    """The rate that a setting gets: of those run on that seed the one with the least validation loss; None without."""
     found: list[tuple[float, float]] = []
     for name, figures in cells.items():
         cell = parse_name(name)
-        if (cell.setting, cell.seed) == (alike, seed) and figures.get(VALIDATION) is not None:
+        if (cell.setting, cell.seed) == (setting.tuned_by, seed) and figures.get(VALIDATION) is not None:
             found.append((figures[VALIDATION], cell.rate))
     return min(found)[1] if found else None
 

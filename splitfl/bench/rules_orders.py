@@ -43,6 +43,7 @@ class RunRule(Line, frozen=True, kw_only=True, tag="run"):
     rounds: int
     local_steps: int
     batch: int
+    head_rate: float | None = None
 
 
 RulesOrder: TypeAlias = OpenTask | RunRule

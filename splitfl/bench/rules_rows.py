@@ -18,6 +18,7 @@ from typing import Any
 
 from splitfl.bench.rules_cases import TASKS, Task
 from splitfl.bench.rules_orders import PartyFiles
+from splitfl.bench.utility_cases import TASKS as UTILITY_TASKS
 from splitfl.bench.utility_rows import model_of, shared_data
 from splitfl.demo import assets
 from splitfl.errors import DataError, UsageError, nearest, printable
@@ -63,7 +64,8 @@ def find_places(names: Sequence[str]) -> tuple[list[Place], list[str]]:
     for task in TASKS.values():
         if names and task.name not in names:
             continue
-        model, folder = model_of(task), shared_data() / task.shared
+        model = model_of(UTILITY_TASKS[task.name])  # of the task of that name there, which has the same
+        folder = shared_data() / task.shared
         if model is None:
             missing.append(
                 f"Task {task.name!r} is left out: its model is not installed (pip install 'splitfl[minilm]')."

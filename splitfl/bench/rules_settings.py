@@ -18,7 +18,7 @@ class RulesSettings(Settings):
     rules: Annotated[tuple[str, ...], "Rule to compare. May be repeated. Default: every rule.", NOT_EMPTY,
                      RULES_PANEL] = ()  # fmt: skip
     rates: Annotated[tuple[float, ...], "Learning rate to try on the first seed. May be repeated. Default: three, by "
-                     "what a rule trains.", above(0), RULES_PANEL] = ()  # fmt: skip
+                     "what is trained.", above(0), RULES_PANEL] = ()  # fmt: skip
     parties: Annotated[int, "Parties of the federation.", between(2, 6), RULES_PANEL] = 4
-    rounds: Annotated[int | None, "Rounds of every run. Default: 6.", at_least(1), RULES_PANEL] = None
-    local_steps: Annotated[int | None, "Steps of a party in a round. Default: 6.", at_least(1), RULES_PANEL] = None
+    rounds: Annotated[int | None, "Rounds of every run. Default: 5.", at_least(1), RULES_PANEL] = None
+    local_steps: Annotated[int | None, "Steps of a party in a round. Default: 4.", at_least(1), RULES_PANEL] = None

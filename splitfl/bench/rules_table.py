@@ -64,7 +64,9 @@ class Row:
     failed: int
     """Seeds whose run ended in an error."""
     collapsed: int
-    """Seeds that collapsed, the failed ones with them."""
+    """Seeds that lost more than half of what they had gained, by validation; the failed ones with them."""
+    idle: int
+    """Seeds that were never better than the untuned model, by validation."""
     before: float
     every: Spread
     """Score on the rows of all."""
@@ -133,7 +135,8 @@ def _row(setting: Setting, runs: Mapping[Cell, Mapping[str, float]]) -> Row | No
         edge=edge,
         seeds=len(chosen),
         failed=len(chosen) - len(good),
-        collapsed=len(chosen) - sum(figures[KEPT] >= _COLLAPSED for figures in good),
+        collapsed=len(chosen) - len(good) + sum(figures[KEPT] < _COLLAPSED and not _idle(figures) for figures in good),
+        idle=sum(map(_idle, good)),
         before=statistics.median(figures[BEFORE] for figures in good),
         validation=by_round(VALIDATION, 0),
         errors=by_round(ERROR, 1),
@@ -144,6 +147,11 @@ def _row(setting: Setting, runs: Mapping[Cell, Mapping[str, float]]) -> Row | No
         seconds=statistics.median(figures[SECONDS] for figures in good),
         **spread,
     )
+
+
+def _idle(figures: Mapping[str, float]) -> bool:
+    later = [value for metric, value in figures.items() if metric.startswith(f"{VALIDATION}, round ")]
+    return min(later) >= figures[of_round(VALIDATION, 0)]
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -176,8 +184,15 @@ def cells_of(row: Row) -> tuple[str, ...]:
         NO_VALUE if row.up is None else f"{row.up:,.0f}",
         NO_VALUE if row.down is None else f"{row.down:,.0f}",
         NO_VALUE if row.aggregator is None else f"{1000 * row.aggregator:.0f} ms",
-        f"{row.collapsed} of {row.seeds}" if row.collapsed else "no",
+        collapse_words(row),
     )
+
+
+def collapse_words(row: Row) -> str:
+    """How often the run broke down, or never learnt."""
+    said = [f"{row.collapsed} of {row.seeds}"] if row.collapsed else []
+    said += [f"no gain in {row.idle} of {row.seeds}"] if row.idle else []
+    return ", ".join(said) or "no"
 
 
 def error_words(error: float) -> str:
@@ -197,15 +212,16 @@ def print_tables(cells: Mapping[str, Mapping[str, float]]) -> None:
         console.print(Text(title, "bold"))
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
         for number, column in enumerate(_AT_TERMINAL):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+            table.add_column(_SHORT.get(column, column), justify="right" if number else "left", no_wrap=True)
         for row in mine:
             table.add_row(*(cells_of(row)[COLUMNS.index(column)] for column in _AT_TERMINAL))
         console.print(table)
     console.print(_REMARK, highlight=False, markup=False, soft_wrap=True)
 
 
-_AT_TERMINAL = ("rule", "rate", "all rows", "own rows", "error, first round", "last round", "up", "collapsed")
+_AT_TERMINAL = ("rule", "rate", "all rows", "own rows", "last round", "up", "collapsed")
+_SHORT = {"last round": "error", "up": "floats up"}
 _REMARK = (
-    "Scores are of held-out rows after the last round; error: of the combination, against the weighted mean of what "
-    "the parties learnt; up: floats of a party in a round. Rates were chosen by validation on the first seed."
+    "Scores are of held-out rows after the last round; error: of the last combination, against the weighted mean of "
+    "what the parties learnt; up: floats of a party in a round. Rates were chosen by validation on the first seed."
 )

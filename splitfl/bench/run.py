@@ -13,10 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 from splitfl import __version__
+from splitfl.bench.aggregation import bench_aggregation
 from splitfl.bench.agreement import Disagreement
 from splitfl.bench.cases import Case, plan_cases
 from splitfl.bench.course import Course
+from splitfl.bench.frameworks import bench_frameworks
 from splitfl.bench.offsite import bench_offsite
+from splitfl.bench.rounds import bench_rounds
 from splitfl.bench.rules import bench_rules
 from splitfl.bench.split import measure, open_sides, prepare, prepare_keys
 from splitfl.bench.table import by_case, has_speed, print_table
@@ -37,7 +40,8 @@ def bench(settings: BenchSettings) -> None:
     """
     benchmarks: dict[str, Callable[[BenchSettings], None]] = {
         "split": bench_split, "utility": bench_utility, "offsite": bench_offsite,
-        "rules": bench_rules,
+        "rules": bench_rules, "aggregation": bench_aggregation, "rounds": bench_rounds,
+        "frameworks": bench_frameworks,
     }  # fmt: skip
     if settings.name not in benchmarks:
         raise UsageError(

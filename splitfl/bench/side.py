@@ -5,7 +5,6 @@ Kept apart from `splitfl.bench.split`, which measures and never loads a model.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from splitfl.bench.lines import own_output as own_output
+from splitfl.bench.lines import say
 from splitfl.bench.orders import Generate, Generated, Held, Line, Order, Peak, Ready, Step, Stepped
 from splitfl.bench.sizes import VOCABULARY
 from splitfl.metrics import peak_rss_bytes
@@ -97,21 +98,9 @@ def token_ids(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=generator)
 
 
-def own_output() -> TextIO:
-    """Standard output for answers alone; whatever else is printed goes to standard error from now on."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answers
-
-
 def answer_orders(side: Side, answers: TextIO) -> None:
     """Answer until standard input ends, which it also does when the measuring process is gone."""
-    _say(answers, Ready(trainable=sum(p.numel() for p in side.trained)))
+    say(answers, Ready(trainable=sum(p.numel() for p in side.trained)))
     decoder = msgspec.json.Decoder(Order)
     for line in sys.stdin:
-        _say(answers, side.answer(decoder.decode(line)))
-
-
-def _say(answers: TextIO, line: Line) -> None:
-    answers.write(msgspec.json.encode(line).decode() + "\n")
-    answers.flush()
+        say(answers, side.answer(decoder.decode(line)))
