@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 DEMO_ARGS ?=
 
-.PHONY: help demo test check format lint types fast docs bench utility offsite rules clean
+.PHONY: help demo test check format lint types fast docs bench aggregation utility offsite rules clean
 
 help:
 	@echo "make demo    an owner and two parties on this machine, real text; writes demo-out/report.html"
@@ -58,6 +58,12 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/splitfl bench split --json bench-split.json
+
+# NVFlare is compared with where it is installed.
+aggregation: $(READY)
+	$(BIN)/splitfl bench aggregation --steps 5 --json aggregation-runs.json
+	$(BIN)/splitfl bench rounds --json rounds-runs.json
+	$(BIN)/python -m splitfl.bench.aggregation_table aggregation-runs.json rounds-runs.json --into docs/performance.md
 
 # Goes on where it was broken off; half an hour on two free cores from nothing.
 utility: $(READY)

@@ -60,11 +60,12 @@ def check_offer(message: Hello, plan: Plan) -> None:
     Raises:
         Refusal: another protocol, or a kit of another model or cut.
     """
-    if message.protocol not in PROTOCOLS:
+    served = [name for name, protocol in PROTOCOLS.items() if not protocol.whole]
+    if message.protocol not in served:
         raise Refusal(
             f"Protocol {printable(message.protocol, 40)!r} is not served here.",
             code="protocol",
-            expected=", ".join(PROTOCOLS),
+            expected=", ".join(served),
         )
     if (message.trunk, message.plan) != (plan.trunk, plan.digest):
         raise Refusal(

@@ -46,7 +46,7 @@ _FIXED: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,
 }
-WITHHELD = "epsilon: none. The method as published does not say enough for one, and part of it cannot have one"
+WITHHELD = "epsilon: none; the method as published does not say enough for one, and part of it cannot have one"
 WHY_WITHHELD = (
     "the mean gradient of a batch is clipped, not each row's: one row may turn all of it",
     "how batches are drawn, which data sets are neighbours, and delta are not stated; counted one way or the other, "

@@ -240,11 +240,13 @@ class Participant:
         weight = min(float(len(self.data.train)), largest) if self.keeper is None else self.keeper.weight(largest)
         if self.rule.by_mean(course.round):
             still = resting(self.settings, self.rule, state, course.round, course.step, vector.size)
-            self._warn_of_clip(vector - still, client.entered.clip)
-            opened = task.submit(vector - still, weight)
+            sent = vector if still is None else vector - still
+            self._warn_of_clip(sent, client.entered.clip)
+            opened = task.submit(sent, weight)
             if opened is None:
                 return None, None
-            mean = (opened.mean + still)[: self.rule.length(state, course.round, course.step)]
+            mean = opened.mean if still is None else opened.mean + still
+            mean = mean[: self.rule.length(state, course.round, course.step)]
             return self.rule.from_mean(state, mean, course.round, course.step), None
         result = task.exchange(_WEIGHT.pack(weight) + vector.tobytes(), weight)
         if result is None:

@@ -59,8 +59,8 @@ def bound_of(
 
 
 def _say(settings: TuneSettings, rule: Rule, first: State, promise: Promise, plan: FederatedPlan | None) -> None:
-    say(f"bound: {promise.claim}")
     if settings.sum_noise is not None:
+        say(f"bound: {promise.claim}")
         lengths = (rule.length(first, number, step) for number in (0, 1) for step in range(len(rule.steps(number))))
         for line in sum_preview(settings, max(lengths)):
             say(line)
@@ -71,16 +71,14 @@ def _say(settings: TuneSettings, rule: Rule, first: State, promise: Promise, pla
         say(length_preview(plan, trained))
 
 
-def resting(
-    settings: TuneSettings, rule: Rule, state: State, round: int, step: int, length: int
-) -> Vector | np.float32:
-    """What a party would send that had trained nothing, where what is sent is the change; else nothing.
+def resting(settings: TuneSettings, rule: Rule, state: State, round: int, step: int, length: int) -> Vector | None:
+    """What a party would send that had trained nothing, where the change is sent; None where it is taken as it is.
 
     Under noise on the sum an update is scaled down to a norm, and it is its change that has to be short: the state
     is everybody's, so taking it off and adding it to the mean again tells nothing.
     """
     if settings.sum_noise is None or rule.steps(round)[step].does == "gradient":
-        return np.float32(0)
+        return None
     still = rule.vector(state, rule.start(state, round, step), round, step)
     return np.pad(still, (0, length - still.size))
 

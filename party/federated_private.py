@@ -100,12 +100,14 @@ def _check_rule(rule: Rule) -> None:
                 )
 
 
+def terms_of_plan(plan: FederatedPlan) -> dict[str, Any]:
+    """What all updates must have in common for the plan's bound to hold."""
+    names = ("noise_multiplier", "clip", "sample_rate", "unit", "units", "delta", "sums", "local_steps")
+    return {name: getattr(plan, name) for name in names}
+
+
 def promise_of_steps(plan: FederatedPlan, train: DataSet, run: str) -> Promise:
     """The plan as what a party is held to."""
-    kept: dict[str, Any] = {
-        name: getattr(plan, name)
-        for name in ("noise_multiplier", "clip", "sample_rate", "unit", "units", "delta", "sums", "local_steps")
-    }
     return Promise(
         sums=plan.sums,
         claim=plan.claim.sentence(),
@@ -122,7 +124,7 @@ def promise_of_steps(plan: FederatedPlan, train: DataSet, run: str) -> Promise:
             adversary=ADVERSARY,
             run=run,
         ),
-        terms=kept,
+        terms=terms_of_plan(plan),
         units=plan.units,
     )
 

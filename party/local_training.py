@@ -82,7 +82,7 @@ class LocalTraining:
         with trained_cores(shared.model, start) as read:
             self._train(shared.model, number, [] if correction is None else [_Correct(shared.model, correction)])
             update = read()
-            extras = shared.read().extras
+        extras = shared.read().extras  # where a core was, PEFT finds no B
         return Update(update.pairs, extras)
 
     def gradient(self, shared: SharedModel, start: Update, number: int) -> Update:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitfl.adapters import add_lora, lora_config
-from splitfl.aggregation.factors import Update
+from splitfl.aggregation.factors import Pair, Update
 from splitfl.aggregation.peft_format import adapter_from_update, config_of, update_from_adapter
 from splitfl.aggregation.state import State
 from splitfl.bench.rules_cases import ALPHA, RANK
@@ -223,6 +223,6 @@ class Tuned:
         return layer
 
 
-def _product(change: Any) -> torch.Tensor:
+def _product(change: Pair) -> torch.Tensor:
     b, a = change.wide()
     return (b @ a).float()

@@ -67,17 +67,19 @@ def plan_whole(settings: TuneSettings, kit: Kit, train: DataSet) -> WholePrepara
     if settings.sum_noise is not None:
         because = "noise is on the sums alone"
     elif settings.preset is not None:
-        because = WITHHELD.removeprefix("epsilon: none. ")
+        because = WITHHELD.removeprefix("epsilon: none; ")
     claim = private.claim if private else calibration.Claim(
         mechanism="plain training" if settings.preset is None else f"dp-lora, {settings.preset}",
         channel="each update", unit="record", adversary="whoever sees an update", releases_planned=1, formal=False,
         because=because,
     )  # fmt: skip
+    said = settings.sum_noise is None
     return WholePreparation(
         protocol=protocol_named(settings.protocol),
         protection=Protection(trains_bottom=True, because="nothing is sent of a row"),
         claim=claim,
-        preview=(*(private.lines() if private else []), *calibration.preview(claim)),
+        # The bound on the sums is told where the rule is known, in `party.federated_bound_of`.
+        preview=(*(private.lines() if private else []), *(calibration.preview(claim) if said else [])),
         private=private,
     )
 

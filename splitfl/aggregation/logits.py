@@ -72,7 +72,7 @@ def check_sum(summation: Summation, *, dense: bool = True) -> None:
     if summation in _HIDDEN:
         raise UsageError(
             f"--rule {RULE} cannot be used with --sum {summation}: the coordinator hands the mean to parties that come "
-            "late, so it would read what this sum is to keep from it.",
+            "late, unsealed, and so would read what this sum is to keep from it.",
             expected="--sum plain, or --sum mask where every party sends every class",
         )
     if summation != "plain" and not dense:

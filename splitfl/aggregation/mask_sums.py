@@ -91,7 +91,7 @@ class MaskSummer:
         self._check_group(party, trailer)
         numbers = np.frombuffer(blob, dtype="<u4", count=self._layout.numbers)
         if self._sum is None:
-            self._sum = np.frombuffer(aligned(4 * len(numbers)), dtype=np.uint32)
+            self._sum = np.frombuffer(aligned(4 * len(numbers), zeros=False), dtype=np.uint32)
             self._sum[:] = numbers
         else:
             np.add(self._sum, numbers, out=self._sum)

@@ -60,7 +60,7 @@ from splitfl.aggregation.sealed import (
     unsigned,
 )
 from splitfl.aggregation.shamir import SHARE, split
-from splitfl.aggregation.streams import Keyed, Ring, add_streams
+from splitfl.aggregation.streams import Keyed, Ring, add_streams, aligned
 from splitfl.aggregation.sums import Opened, RoundTerms, Stage, Vector
 from splitfl.errors import InternalError, UsageError, WireError
 from splitfl.wire.keys import KeyPair
@@ -173,15 +173,13 @@ class MaskSealer:
         if self._read_adverts(adverts) != self._roster:
             raise WireError("The coordinator changed the list of who takes part.", expected="one list an attempt")
         check_vector(vector, self.terms.length)
-        numbers = bytearray(self._layout.submission_body + SIGNATURE)
-        ring = np.frombuffer(numbers, dtype="<u4", count=self._layout.numbers)
-        self._encode(vector, weight, ring)
+        numbers = aligned(4 * self._layout.numbers, zeros=False)
+        ring = np.frombuffer(numbers, dtype="<u4")
+        self._encode(vector, weight, ring)  # writes every number
         self._take_shares(shares)
         add_streams(ring, self._streams())
-        end = 4 * self._layout.numbers
-        tail = self._layout.write_trailer(self._trailer(memoryview(numbers)[:end]))
-        memoryview(numbers)[end:] = signed(self._identity, b"submit", self.binding, self.party, tail)
-        return bytes(numbers)
+        tail = self._layout.write_trailer(self._trailer(numbers))
+        return b"".join((numbers, signed(self._identity, b"submit", self.binding, self.party, tail)))
 
     def agree(self, survivors: Sequence[str]) -> bytes:
         """The signature under the survivors; asked again for the same set, it is the same.

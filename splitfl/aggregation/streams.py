@@ -63,8 +63,14 @@ def add_streams(vector: Ring, keys: Iterable[Keyed]) -> None:
             (np.add if sign > 0 else np.subtract)(part, values, out=part)
 
 
-def aligned(size: int) -> memoryview:
-    """So many zero bytes from the beginning of a cache line on: vector loads that straddle two cost a twelfth here."""
-    room = np.zeros(size + _LINE, dtype=np.uint8)
+def aligned(size: int, *, zeros: bool = True) -> memoryview:
+    """So many bytes from the beginning of a cache line on: vector loads that straddle two cost a twelfth here.
+
+    Args:
+        zeros: whether they are 0; else they hold anything, and every one must be written before it is read.
+    """
+    room = np.empty(size + _LINE, dtype=np.uint8)
+    if zeros:
+        room[:] = 0
     start = -room.ctypes.data % _LINE
-    return memoryview(room)[start : start + size]
+    return room.data[start : start + size]

@@ -176,7 +176,7 @@ class Sums:
         """The float32 sum."""
         case = self.case("plain float32 sum")
         return [
-            self._figure(case, goals.BYTES, 4.0, "B/value"),
+            self._figure(case, goals.BYTES, 4.0, "B"),
             self._figure(case, goals.COORDINATOR, self.median("plain.coordinator"), "ms"),
         ]
 
@@ -189,13 +189,13 @@ class Sums:
         )
         results = [
             self._figure(case, goals.WRONG, max(turn[f"{name}.wrong"] for turn in self._turns), ""),
-            self._figure(case, goals.BYTES, self.median(f"{name}.up") / self._values, "B/value", reference=4.0),
+            self._figure(case, goals.BYTES, self.median(f"{name}.up") / self._values, "B", reference=4.0),
             self._figure(case, goals.PARTY, self.median(f"{name}.party"), "ms",
                          reference=self.median("nvflare.party") if nvflare else None),
             self._figure(case, goals.COORDINATOR, self.median(f"{name}.coordinator"), "ms", reference=plain,
                          ratio=added),
             self._figure(case, goals.OPENING, self.median(f"{name}.opening"), "ms"),
-            self._figure(case, goals.TENSORS_BYTES, self.median(f"{name}.up") / self._values, "B/value",
+            self._figure(case, goals.TENSORS_BYTES, self.median(f"{name}.up") / self._values, "B",
                          reference=self.median(f"{name}.up") / self._values, ratio=self.median(f"{name}.up ratio")),
             self._figure(case, goals.TENSORS_TIME, self.median(f"{name}.many tensors"), "ms",
                          reference=self.median(f"{name}.one tensor"),
@@ -209,7 +209,7 @@ class Sums:
 
     def _beside_nvflare(self, case: str, name: str) -> list[Result]:
         return [
-            self._figure(case, goals.BYTES_NVFLARE, self.median(f"{name}.up") / self._values, "B/value",
+            self._figure(case, goals.BYTES_NVFLARE, self.median(f"{name}.up") / self._values, "B",
                          reference=self.median("nvflare.up") / self._values),
             self._figure(case, goals.COORDINATOR_NVFLARE, self.median(f"{name}.coordinator"), "ms",
                          reference=self.median("nvflare.coordinator"),
@@ -220,12 +220,12 @@ class Sums:
         """What is compared with."""
         case = self.case("NVFlare's classes")
         return [
-            self._figure(case, goals.BYTES, self.median("nvflare.up") / self._values, "B/value", reference=4.0),
+            self._figure(case, goals.BYTES, self.median("nvflare.up") / self._values, "B", reference=4.0),
             self._figure(case, goals.PARTY, self.median("nvflare.party"), "ms"),
             self._figure(case, goals.COORDINATOR, self.median("nvflare.coordinator"), "ms",
                          reference=self.median("plain.coordinator"),
                          ratio=self.ratio("nvflare.coordinator", "plain.coordinator")),
-            self._figure(case, goals.TENSORS_BYTES, self.median("nvflare.many tensors up") / self._values, "B/value",
+            self._figure(case, goals.TENSORS_BYTES, self.median("nvflare.many tensors up") / self._values, "B",
                          reference=self.median("nvflare.up") / self._values),
             self._figure(case, goals.TENSORS_TIME, self.median("nvflare.many tensors"), "ms",
                          reference=self.median("nvflare.party")),

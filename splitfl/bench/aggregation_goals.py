@@ -14,7 +14,7 @@ BYTES_NVFLARE, COORDINATOR_NVFLARE = "bytes beside NVFlare's", "coordinator besi
 SIGNED = "coordinator, signed updates"
 TENSORS_BYTES, TENSORS_TIME = "bytes, 88 tensors", "party, 88 tensors"
 SECONDS, LARGEST, MEMORY = "time", "values of the largest tensor", "memory beyond the updates"
-ROUND_TIME, ROUND_BYTES = "time of a round", "bytes of a round"
+ROUND_TIME, ROUND_CPU, ROUND_BYTES = "time of a round", "processor time, everybody", "bytes of a round"
 HELD, GROWTH = "coordinator's memory", "its growth after two rounds"
 LEFT = "files and threads left behind"
 

@@ -60,8 +60,8 @@ def size_of(settings: BenchSettings) -> Size:
     quick = settings.quick
     return Size(
         parties=2 if quick else 3,
-        rounds=settings.rounds or (1 if quick else 4),
-        local_steps=settings.local_steps or (1 if quick else 6),
+        rounds=settings.rounds or (1 if quick else 3),
+        local_steps=settings.local_steps or (1 if quick else 4),
         rows=4 if quick else 48,
         public=4 if quick else 24,
         held_out=2 if quick else 12,

@@ -88,6 +88,7 @@ def figures_of_rounds(federation: Federation, course: Course, bare: float, *, fu
     case = federation.case
     return [
         figure(case, goals.ROUND_TIME, statistics.median(course.seconds[1:]), "s", reference=bare, full=full),
+        figure(case, goals.ROUND_CPU, course.cpu, "s"),
         figure(case, goals.ROUND_BYTES, statistics.median(course.sizes[1:]), "bytes", reference=least, full=full),
         figure(case, "largest error of a mean", course.error, ""),
     ]

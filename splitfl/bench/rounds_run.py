@@ -60,6 +60,8 @@ class Course:
     """Bytes of the coordinator's resident memory, at most."""
     early: int
     """The same, up to the end of the second round."""
+    cpu: float
+    """Seconds of the processor that a round took, in all processes together; connecting and ending count with it."""
 
 
 def run_federation(federation: Federation, work: Path) -> Course:
@@ -83,24 +85,26 @@ def run_federation(federation: Federation, work: Path) -> Course:
         sides = [stack.enter_context(_side(federation, work, address, keys, group)) for group in groups]
         for side in sides:
             side.ready(PartiesReady)
+        before = sum(each.cpu_seconds() for each in (coordinator, *sides))
         for side in sides:
             _begin(side)
         done = [msgspec.json.decode(side.line(_LIMIT_S), type=RoundsOver) for side in sides]
+        spent = watched.cpu + sum(side.cpu_seconds() for side in sides) - before
         _wait(coordinator)
     _check(federation, done)
     seconds, sizes = _rounds_of(work / "federation.json")
     return Course(
         seconds=seconds, sizes=sizes, error=max(each.error for each in done), left=max(each.left for each in done),
-        peak=watched.peak, early=watched.early or watched.peak,
+        peak=watched.peak, early=watched.early or watched.peak, cpu=spent / federation.rounds,
     )  # fmt: skip
 
 
 class Watch:
-    """Reads the peak of the coordinator's memory again and again: when the process is gone it cannot be read."""
+    """Reads the coordinator's memory and processor time again and again: when it is gone they cannot be read."""
 
     def __init__(self, coordinator: Child) -> None:
         self._coordinator = coordinator
-        self.peak, self.early = coordinator.peak_rss() or 0, 0
+        self.peak, self.early, self.cpu = coordinator.peak_rss() or 0, 0, 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watches the coordinator")
 
@@ -115,6 +119,7 @@ class Watch:
     def _run(self) -> None:
         while not self._over.wait(_POLL_S):
             self.peak = max(self.peak, self._coordinator.peak_rss() or 0)
+            self.cpu = max(self.cpu, self._coordinator.cpu_seconds())
             if not self.early and b"round 1 is kept" in self._coordinator.log.read_bytes():
                 self.early = self.peak
 

@@ -74,6 +74,7 @@ def draw(rows: Sequence[Row], out: Path, *, background: str = "none") -> None:
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise UsageError("The picture needs matplotlib.", hint="pip install 'splitfl[report]'") from error
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -89,6 +90,7 @@ def draw(rows: Sequence[Row], out: Path, *, background: str = "none") -> None:
             mine = [row for row in rows if row.task == task]
             _scores(left, task, mine)
             _errors(right, task, mine)
+            right.xaxis.set_major_locator(MaxNLocator(integer=True))
             for axes in (left, right):
                 axes.set_facecolor("none")
                 axes.spines[["top", "right"]].set_visible(False)

@@ -47,8 +47,8 @@ _COLUMNS = """\
 - *own rows*: the same, each party's rows with the model that this party has. One model for all scores the same twice.
 - *worst party*: the party that fares worst on its own rows.
 - *after own steps*: on own rows, right after the local steps of the last round, before they are combined.
-- *error*: aggregation error as above, of the first and of the last round. In round 1 it is nothing for many rules only
-  where B was zero before.
+- *error*: aggregation error as above, of the first and of the last round. What a rule leaves out in one round is not
+  lost for good: the parties train on from there.
 - *up*, *down*: floats that one party sends and gets in a round, mean over the rounds. Rules that need every update send
   back the whole state, with all that was merged so far.
 - *aggregator*: processor time from the parties' vectors to the next state, median of the rounds.
@@ -62,9 +62,11 @@ _LIMITS = """\
 - Small models, few rows, a few short rounds, {seeds}: which rule is ahead may change with any of them. Ranges that
   overlap say nothing about an order; held-out rows are few ({held}), and the range over seeds does not hold their
   chance.
-- One rate for each kind of rule, from three; no schedule, no optimiser state kept between rounds. A rule whose options
-  were tuned could do better: `fra-then-ffa` changes in the middle here, everything else has its defaults. `hetlora`
-  runs without its self-pruning. `fedlrt` sees every batch of a round twice, `fed-sb` those of the first one thrice.
+- One rate for each kind of rule, from three; no optimiser state is kept between rounds. A rule tuned by itself could do
+  better: `fra-then-ffa` changes in the middle here, all other options are the defaults. `hetlora` runs without its
+  self-pruning. `fedlrt` sees every batch of a round twice, `fed-sb` those of the first one thrice.
+- Weights count rows and the scores count parties alike, so a rule with other weights, as `hetlora`, can gain by that
+  alone where parties differ in size.
 - No noise, no masks, no dropouts, no late parties. Rules for differential privacy (`ffa`, `fedsvd`) are not here for
   what they are good at.
 - `{same}` computes what `{other}` does, and is not listed twice.
@@ -100,6 +102,9 @@ def section(record: Mapping[str, Any]) -> Iterator[str]:
     yield "### What the tables show\n"
     for task in tasks:
         yield from _findings(task, [row for row in rows if row.task == task])
+    most = max(row.seeds for row in rows)
+    if fewer := sum(row.seeds < most for row in rows):
+        yield f"\n{fewer} of the {len(rows)} settings have been run with fewer than {seeds}."
     yield ""
     held = ", ".join(f"{record['tasks'][task]['held-out rows']:.0f} of *{task}*" for task in tasks)
     same, other = next(iter(SAME_AS.items()))

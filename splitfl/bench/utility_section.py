@@ -57,8 +57,8 @@ _AGAIN = """\
 make utility
 ```
 
-It runs `splitfl bench utility`, going on where an earlier run was broken off, and writes `docs/utility.json`, the picture
-and this page. `splitfl bench utility --quick` shows in a few minutes that it works; its figures mean nothing.
+It runs `splitfl bench utility`, going on where an earlier run was broken off, and writes `docs/utility.json`, the
+picture and this page. `splitfl bench utility --quick` shows in a few minutes that it works; its figures mean nothing.
 """
 
 

@@ -10,7 +10,8 @@ import torch
 import zmq
 
 from splitfl.wire.frames import MAX_HEADER_BYTES
-from splitfl.wire.messages import WIRE_VERSION, BackwardDone, Bye, Closed, ForwardDone, Refused, Welcome
+from splitfl.wire.messages import WIRE_VERSION as NOW
+from splitfl.wire.messages import BackwardDone, Bye, Closed, ForwardDone, Refused, Welcome
 from tests.hostile.attacker import PATIENCE_S, attacker, pack
 
 HUGE = 2**62
@@ -46,9 +47,9 @@ GARBAGE = {
     "a session of 64 bits": [pack(type="bye", session=2**64 - 1)],
     "a negative step": [pack(type="backward", session=1, step=-3)],
     "negative rows": [pack(type="release", session=1, caches=[-1], steps=[])],
-    "a dtype that does not exist": [pack(type="hello", session=1, version=WIRE_VERSION, protocol="split", trunk="", plan="",
+    "a dtype that does not exist": [pack(type="hello", session=1, version=NOW, protocol="split", trunk="", plan="",
                                          wire_dtype="object")],
-    "an integer dtype": [pack(type="hello", session=1, version=WIRE_VERSION, protocol="split", trunk="", plan="",
+    "an integer dtype": [pack(type="hello", session=1, version=NOW, protocol="split", trunk="", plan="",
                               wire_dtype="uint8")],
     "a header without its tensors": [pack(type="forward", session=1, step=1, tensors=[
         {"name": "hidden", "dtype": "float32", "shape": [1, 1, 32]}])],
@@ -57,7 +58,7 @@ GARBAGE = {
 OTHERS = {
     "a header that is too long": ([b"\x00" * (MAX_HEADER_BYTES + 1)], "too_large"),
     "a text that is too long": (
-        [pack(type="hello", session=1, version=WIRE_VERSION, protocol="p" * 2000, trunk="", plan="", wire_dtype="float32")],
+        [pack(type="hello", session=1, version=NOW, protocol="p" * 2000, trunk="", plan="", wire_dtype="float32")],
         "too_large",
     ),
     "another version": ([pack(type="hello", session=1, version=999, more="to come")], "version"),
@@ -70,7 +71,7 @@ OTHERS = {
             pack(
                 type="hello",
                 session=1,
-                version=WIRE_VERSION,
+                version=NOW,
                 protocol="\x1b[31mos.system",
                 trunk="",
                 plan="",
@@ -80,7 +81,7 @@ OTHERS = {
         "protocol",
     ),
     "another plan": (
-        [pack(type="hello", session=1, version=WIRE_VERSION, protocol="split", trunk="\u202e", plan="x", wire_dtype="float32")],
+        [pack(type="hello", session=1, version=NOW, protocol="split", trunk="\u202e", plan="x", wire_dtype="float32")],
         "plan",
     ),
 }
@@ -112,7 +113,7 @@ def test_noise_of_every_length_is_answered(foe):
 def test_messages_of_the_owner_are_not_taken_from_a_party(foe):
     foe.opened()
     result = torch.zeros(1, 1, foe.plan.width)
-    foe.say(Welcome(session=foe.number, version=WIRE_VERSION, max_tokens=9, max_length=9, memory="keep", lease_s=9.0, server=""))
+    foe.say(Welcome(session=foe.number, version=NOW, max_tokens=9, max_length=9, memory="keep", lease_s=9.0, server=""))
     foe.say(ForwardDone(session=foe.number, step=1), hidden=result)
     foe.say(BackwardDone(session=foe.number, step=1), gradient=result)
     foe.say(Refused(session=foe.number, code="busy", problem="no"))

@@ -28,7 +28,18 @@ from tests.federation.federation import coordinate, make_keys
 from tests.live.child import splitfl_here
 from tests.live.models import answer_rows, make_kit, save_tiny, sentences, whole_model, write_jsonl
 
-CUT_OPTIONS = ["--target-modules", "all-linear", "--threads", "1", "--local-steps", "2", "--kd-steps", "2"]
+CUT_OPTIONS = [
+    "--target-modules",
+    "all-linear",
+    "--threads",
+    "1",
+    "--local-steps",
+    "2",
+    "--kd-steps",
+    "2",
+    "--logging-steps",
+    "1",
+]
 RATE = ["--learning-rate", "5e-3", "--per-device-train-batch-size", "4"]
 
 
@@ -231,12 +242,13 @@ def figures(path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_two_architectures_learn_from_each_other_and_one_is_killed(tmp_path, families):
     """A llama and a GPT-2 with one tokenizer; the GPT-2's process is killed after the first round and comes back."""
     made, names = answer_rows(), {"hospital": "llama", "clinic": "gpt2"}
     make_keys(tmp_path, tuple(names))
     public, held = write_jsonl(tmp_path / "public.jsonl", made[30:40]), write_jsonl(tmp_path / "held.jsonl", made[40:])
-    rounds = ["--rounds", "3", "--rule", "kd", "--sum", "plain", "--deadline", "100", "--wait", "60"]
+    rounds = ["--rounds", "2", "--rule", "kd", "--sum", "plain", "--deadline", "150", "--wait", "100"]
 
     def words(name):
         model, kit = families[names[name]]
@@ -252,12 +264,14 @@ def test_two_architectures_learn_from_each_other_and_one_is_killed(tmp_path, fam
         os.kill(second.process.pid, 9)
         second.wait()
         again = federation.start(stack, "clinic", tmp_path / "clinic", *words("clinic"), "--resume")
+        for party, line in ((again, "federation "), (again, "round 1 kept"), (first, "round 1 kept")):
+            party.stderr.wait_for(line)  # each has its own patience: a new process takes long on a busy machine
         assert (first.wait(), again.wait()) == (0, 0), f"{first.stderr.text}\n{again.stderr.text}"
         assert federation.running.wait() == 0, federation.running.stderr.text
     found = figures(tmp_path / "fed.json")
-    assert [found[f"round {n}", "verdict"] for n in range(3)] == ["kept"] * 3
-    assert [found[f"round {n}", "score of the shared model"] for n in range(3)] == [None] * 3
-    assert found["round 0", "updates summed"] == found["round 2", "updates summed"] == 2
+    assert [found[f"round {n}", "verdict"] for n in range(2)] == ["kept"] * 2
+    assert [found[f"round {n}", "score of the shared model"] for n in range(2)] == [None] * 2
+    assert found["round 0", "updates summed"] == found["round 1", "updates summed"] == 2
     for name, family in names.items():
         run, model = tmp_path / name, families[family][0]
         tuned = PeftModel.from_pretrained(whole_model(model), run / "adapter")
@@ -275,11 +289,14 @@ def test_two_architectures_learn_from_each_other_and_one_is_killed(tmp_path, fam
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_classes_under_a_mask(tmp_path):
     """Three encoders send every class, so that a masked sum will do; the mean is what they learn from."""
     names = ("hospital", "clinic", "surgery")
     model = save_tiny("bert", tmp_path / "model")
-    kit, made = make_kit(model, tmp_path / "kit", task="sequence-classification"), sentences()
+    kit = make_kit(model, tmp_path / "kit", task="sequence-classification")
+    kinds = [[row for row in sentences() if row[1] == label] for label in ("praise", "complaint")]
+    made = [row for both in zip(*kinds, strict=True) for row in both]  # every file has both classes
     make_keys(tmp_path, names)
 
     def rows(name, some):
@@ -288,13 +305,14 @@ def test_classes_under_a_mask(tmp_path):
     public, held = rows("public", made[30:40]), rows("held", made[40:])
     options = ["--protocol", "fed-kd", "--model", model, "--kit", kit, "--public", public, "--eval", held, "--sum",
                "mask", *CUT_OPTIONS, *RATE]  # fmt: skip
-    rounds = ["--rounds", "1", "--rule", "kd", "--sum", "mask", "--deadline", "100", "--stage-deadline", "60"]
-    with coordinate(tmp_path, *rounds, "--wait", "60", "--json", "fed.json") as federation, ExitStack() as stack:
+    rounds = ["--rounds", "1", "--rule", "kd", "--sum", "mask", "--deadline", "150", "--stage-deadline", "100"]
+    with coordinate(tmp_path, *rounds, "--wait", "100", "--json", "fed.json") as federation, ExitStack() as stack:
         started = [
             federation.start(stack, name, tmp_path / name, *options, "--train", rows(name, made[n * 10 : n * 10 + 10]))
             for n, name in enumerate(names)
         ]
         for each in started:
+            each.stderr.wait_for("round 0 kept")
             assert each.wait() == 0, each.stderr.text
         assert federation.running.wait() == 0, federation.running.stderr.text
     found = figures(tmp_path / "fed.json")
