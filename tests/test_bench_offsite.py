@@ -179,8 +179,8 @@ def test_rows_that_are_not_shipped_are_named_or_left_out(tmp_path, monkeypatch):
     places, missing = find_tasks(())
     assert [place.task.name for place in places] == ["answers", "polarity"]
     assert all(place.shipped for place in places)
-    assert len(missing) == 1
-    assert "'restaurants' is left out" in missing[0]
+    assert [sentence.split()[1] for sentence in missing] == ["'restaurants'", "'spam'"]
+    assert all("is left out" in sentence for sentence in missing)
     with pytest.raises(UsageError, match="data/e2e_nlg"):
         find_tasks(("restaurants",))
 
@@ -213,6 +213,10 @@ def test_a_prompt_that_comes_again_is_taken_once(tmp_path):
     with pytest.raises(DataError, match="lacks a field") as refused:
         write_rows(Place(task=task, train=bad, held_out=bad, shipped=False), tmp_path, (6, 6))
     assert "secret" not in str(refused.value)
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"text": "a secret", "label": "eggs"}])
+    with pytest.raises(DataError, match="holds a class") as refused:
+        write_rows(Place(task=TASKS["spam"], train=odd, held_out=odd, shipped=False), tmp_path, (6, 6))
+    assert (refused.value.expected, "secret" in str(refused.value)) == ("ham, spam", False)
     (tmp_path / "torn.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="cannot be read as rows"):
         list(offsite_rows._read(tmp_path / "torn.jsonl"))
@@ -415,10 +419,15 @@ def test_figures_of_something_else_are_not_gone_on_with(tmp_path):
 def test_the_rate_with_the_least_validation_loss_is_taken(tmp_path):
     outcomes, task = Outcomes(settings=settings()), TASKS["answers"]
     assert outcomes.best_rate("m", task, OFFSITE) == RATES[1], "without a trial"
-    for rate, loss in zip(RATES, (2.0, math.nan, 1.5), strict=True):
+    for rate, loss in zip(RATES, (2.0, 1.5), strict=True):
         cell = Cell(model="m", task=task, training=OFFSITE, seed=0, rate=rate)
         outcomes.note_trial(cell, {"held-out loss": loss})
-    assert outcomes.best_rate("m", task, OFFSITE) == RATES[2]
+    assert outcomes.best_rate("m", task, OFFSITE) == RATES[1]
+    first = Cell(model="m", task=task, training=OFFSITE, seed=0, rate=RATES[0])
+    outcomes.note_trial(first, {"held-out loss": 1.0})
+    assert outcomes.best_rate("m", task, OFFSITE) == RATES[0]
+    outcomes.note_trial(first, {"held-out loss": math.nan})
+    assert outcomes.best_rate("m", task, OFFSITE) == RATES[1], "a loss that is no number is never the least"
     assert outcomes.best_rate("m", task, SPLIT) == RATES[1]
     assert outcomes.best_rate("other", task, OFFSITE) == RATES[1]
 

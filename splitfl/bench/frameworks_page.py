@@ -24,11 +24,9 @@ def section(record: Mapping[str, Any]) -> Iterator[str]:
     """The table as Markdown, from the summary."""
     size = record["size"]
     yield ""
-    yield (
-        f"The embedded model; {size['parties']} parties with {size['rows']} questions and answers each, of a hospital "
-        f"or a clinic; {size['rounds']} rounds of {size['local_steps']} steps; {size['public']} public rows; "
-        f"{size['held_out']} held-out rows of both kinds. Means over the parties, one seed."
-    )
+    yield f"The embedded model; {size['parties']} parties with {size['rows']} questions and answers each, of a hospital"
+    yield f"or a clinic; {size['rounds']} rounds of {size['local_steps']} steps; {size['public']} public rows;"
+    yield f"{size['held_out']} held-out rows of both kinds. Means over the parties, one seed."
     yield ""
     yield "| " + " | ".join(("design", *HEAD)) + " |"
     yield "|" + "---|" * (len(HEAD) + 1)

@@ -90,7 +90,8 @@ class Outcomes:
 
     def note_trial(self, cell: Cell, figures: Mapping[str, float]) -> None:
         """Keep the validation loss of a trial."""
-        self.trials[cell.name] = figures["held-out loss"]
+        loss = figures["held-out loss"]
+        self.trials[cell.name] = loss if math.isfinite(loss) else math.inf  # no number is less than that
         self.write()
 
     def note(self, cell: Cell, figures: Mapping[str, float], plugged: Mapping[str, float] | None = None) -> None:

@@ -204,7 +204,7 @@ def _even(rows: list[dict[str, Any]], task: Task, count: int, source: Path) -> l
         if one[names[0]] in seen:
             continue
         if task.classes:
-            one["label"] = int(one["label"])
+            one["label"] = _class(one["label"], task, source)
             if taken[one["label"]] >= count // task.classes:
                 continue
             taken[one["label"]] += 1
@@ -213,6 +213,12 @@ def _even(rows: list[dict[str, Any]], task: Task, count: int, source: Path) -> l
         if len(kept) >= count:
             break
     return kept
+
+
+def _class(label: Any, task: Task, source: Path) -> int:
+    if task.labels and label not in task.labels:
+        raise DataError(f"{source} holds a class that the task has not.", expected=", ".join(task.labels))
+    return task.labels.index(label) if task.labels else int(label)
 
 
 # ---- public text

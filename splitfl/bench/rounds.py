@@ -11,10 +11,13 @@ import statistics
 import tempfile
 from pathlib import Path
 
+import psutil
+
 from splitfl.bench import aggregation_goals as goals
-from splitfl.bench.aggregation import there
+from splitfl.bench.aggregation import BUSY, there
 from splitfl.bench.aggregation_goals import figure
 from splitfl.bench.aggregation_table import print_table
+from splitfl.bench.figures import Elsewhere
 from splitfl.bench.rounds_run import Course, Federation, bare_seconds, run_federation
 from splitfl.bench.utility_course import UtilityCourse
 from splitfl.config import BenchSettings
@@ -39,6 +42,7 @@ def bench_rounds(settings: BenchSettings) -> None:
         UtilityCourse(len(planned), "bench rounds") as shown,
     ):
         shown.begin()
+        elsewhere = Elsewhere(_of_ended)
         try:
             for number, federation in enumerate(planned):
                 work = Path(temporary) / str(number)
@@ -46,9 +50,18 @@ def bench_rounds(settings: BenchSettings) -> None:
                 if settings.json is not None:
                     write_results(settings.json, "bench", settings, results)
                 shown.done(federation.case, f"{results_time(results):.2f} s a round")
+            results.append(figure("machine: all rounds", BUSY, elsewhere.cores(), "cores"))
+            if settings.json is not None:
+                write_results(settings.json, "bench", settings, results)
         finally:
             shown.close()
             print_table(results)
+
+
+def _of_ended() -> float:
+    """Processor time of the processes that this one has started and ended."""
+    times = psutil.Process().cpu_times()
+    return float(getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0))
 
 
 def plan(settings: BenchSettings, *, encrypted: bool) -> list[Federation]:

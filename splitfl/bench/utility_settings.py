@@ -16,9 +16,9 @@ _NOT_EMPTY = Check(test=bool, expected="some text")
 class UtilitySettings(Settings):
     """Which runs the comparison of designs is made of."""
 
-    tasks: Annotated[tuple[str, ...], "Task to run: polarity, tweets or answers; for offsite polarity, restaurants or "
-                     "answers; for rules polarity or answers. May be repeated. Default: all whose model and rows are here.", _NOT_EMPTY,
-                     UTILITY] = ()  # fmt: skip
+    tasks: Annotated[tuple[str, ...], "Task to run: polarity, tweets or answers; for offsite answers, restaurants, "
+                     "spam or polarity; for rules polarity or answers. May be repeated. Default: all whose model and "
+                     "rows are here.", _NOT_EMPTY, UTILITY] = ()  # fmt: skip
     designs: Annotated[tuple[str, ...], "Protocol to run beside the reference. May be repeated. Default: all three.",
                        _NOT_EMPTY, UTILITY] = ()  # fmt: skip
     levels: Annotated[tuple[str, ...], "none, int4, decorrelate-0, epsilon-8, or r/sigma of the noise: a token's norm "
