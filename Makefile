@@ -10,11 +10,12 @@ TEST_WORKERS ?= 2
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 DEMO_ARGS ?=
 
-.PHONY: help demo test check format lint types fast docs bench aggregation utility offsite rules frameworks clean
+.PHONY: help demo test long check format lint types fast docs bench aggregation utility offsite rules frameworks clean
 
 help:
 	@echo "make demo    an owner and two parties on this machine, real text; writes demo-out/report.html"
 	@echo "make test    every test that belongs to a change"
+	@echo "make long    the tests that take a minute or more each"
 	@echo "make check   format, lint, types and the fast tests"
 	@echo "make docs    write the generated pages again (docs/families.md, docs/protocols.md, docs/aggregation.md)"
 	@echo "make bench   splitfl bench split (an hour or more)"
@@ -33,7 +34,11 @@ demo: $(READY)
 	$(BIN)/splitfl demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(PYTEST)
+	$(PYTEST) -m "not long"
+
+# What takes a minute or more each: every sum and rule through processes, privacy accounting of whole federations.
+long: $(READY)
+	$(PYTEST) -m long
 
 check: $(READY) lint types fast
 

@@ -221,6 +221,7 @@ def test_an_option_of_another_benchmark_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_run_of_aggregation(tmp_path, capsys):
     path = tmp_path / "figures.json"
     bench(BenchSettings(name="aggregation", quick=True, steps=1, json=path))
@@ -235,6 +236,7 @@ def test_a_quick_run_of_aggregation(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_round_between_processes(tmp_path):
     federation = Federation(sum="mask", parties=3, values=2_000, rounds=2, together=True)
     course = run_federation(federation, tmp_path)
@@ -246,6 +248,7 @@ def test_a_round_between_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_wrong_mean_has_no_speed(tmp_path, monkeypatch):
     monkeypatch.setattr("splitfl.bench.rounds_run._ERROR", 1e-12)
     with pytest.raises(InternalError, match="has no speed"):

@@ -39,6 +39,7 @@ def record(**changed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_three_at_their_smallest(tmp_path):
     bench_frameworks(BenchSettings(name="frameworks", quick=True, json=tmp_path / "out.json"))
     found = {}

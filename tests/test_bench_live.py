@@ -41,6 +41,7 @@ def test_a_child_has_its_threads_and_a_dead_one_says_its_last_words(script):
             child.line(30)
 
 
+@pytest.mark.slow
 def test_an_owner_that_cannot_serve_says_why(tmp_path):
     log = tmp_path / "log"
     serve = ["--model", str(tmp_path), "--kit", str(tmp_path), "--insecure-loopback", "--bind", "tcp://127.0.0.1:0"]

@@ -101,7 +101,7 @@ def test_every_training_is_tried_at_every_rate_and_then_run_with_every_seed():
     ("name", "given", "of"),
     [
         ("split", {"keep": 2}, "offsite"),
-        ("split", {"quick": True}, "utility or offsite"),
+        ("split", {"distil_steps": 2}, "offsite"),
         ("utility", {"model": ("embedded",)}, "offsite"),
         ("utility", {"cache": Path("x")}, "split or offsite"),
         ("offsite", {"levels": ("none",)}, "utility"),
@@ -111,7 +111,8 @@ def test_every_training_is_tried_at_every_rate_and_then_run_with_every_seed():
 def test_options_of_other_benchmarks_are_refused(name, given, of):
     with pytest.raises(UsageError, match="no effect") as refused:
         BenchSettings(name=name, **given)
-    assert refused.value.expected == f"splitfl bench {of}"
+    assert refused.value.expected is not None
+    assert refused.value.expected.startswith(f"splitfl bench {of}")
     assert benchmarks_of("json") == BENCHMARKS
 
 
@@ -154,7 +155,7 @@ def test_models_that_cannot_be_compared_are_refused(tiny, tmp_path):
 
 
 def test_the_measuring_process_stays_light_and_knows_the_emulators_plan():
-    code = "import sys, splitfl.bench.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, splitfl.bench.offsite; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
     assert EMULATOR_PLAN == EMULATOR_FILE
 

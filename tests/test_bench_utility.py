@@ -237,10 +237,10 @@ def test_norms_at_the_cut_are_those_of_the_whole_model(tiny, tmp_path):
 
 def test_the_reference_trains_every_layer_and_learns(tiny, tmp_path, monkeypatch):
     held = []
-    from party import utility_side
+    from party import whole
 
-    made = utility_side.add_lora
-    monkeypatch.setattr(utility_side, "add_lora", lambda *a, **k: held.append(made(*a, **k)) or held[-1])
+    made = whole.add_lora
+    monkeypatch.setattr(whole, "add_lora", lambda *a, **k: held.append(made(*a, **k)) or held[-1])
     figures = train_whole(tuning(tiny, tmp_path), tiny[0])
     trained = {name for name, p in held[0].named_parameters() if p.requires_grad and bool((p != 0).all())}
     layers = {int(found[1]) for name in trained if (found := re.search(r"layers\.(\d+)\..*lora_B", name))}

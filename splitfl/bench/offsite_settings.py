@@ -19,7 +19,8 @@ BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks")
 _SHARED = {
     "name": BENCHMARKS, "json": BENCHMARKS, "resume": _RUNS, "cache": ("split", "offsite"),
     **dict.fromkeys(("tasks", "seeds"), ("utility", "offsite", "rules")), "max_steps": ("utility", "offsite"),
-    "quick": BENCHMARKS[1:], **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")), "steps": ("split", "aggregation", "rounds"),
+    "quick": BENCHMARKS[1:], **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")),
+    "steps": ("split", "aggregation", "rounds"),
 }  # fmt: skip
 
 

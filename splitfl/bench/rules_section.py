@@ -141,9 +141,10 @@ def _setup(record: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[str]:
             f"{told['values of an adapter']:,.0f}",
         )  # fmt: skip
     machine = record["machine"]
+    lengths = ", ".join(f"{TASKS[name].max_length} tokens in *{name}*" for name in tasks)
     outside = [f"*{name}*" for name in tasks if not record["tasks"][name]["rows come with splitfl"]]
     yield (
-        "\n"
+        f"\nRows are cut at {lengths}; those of which no answer would be left are not counted above. "
         + (
             f"The rows of {' and '.join(outside)} are read from the folder that `SPLITFL_SHARED` names. "
             if outside

@@ -9,21 +9,17 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
 from splitfl import __version__
-from splitfl.bench.aggregation import bench_aggregation
 from splitfl.bench.agreement import Disagreement
 from splitfl.bench.cases import Case, plan_cases
 from splitfl.bench.course import Course
-from splitfl.bench.frameworks import bench_frameworks
-from splitfl.bench.offsite import bench_offsite
-from splitfl.bench.rounds import bench_rounds
-from splitfl.bench.rules import bench_rules
+from splitfl.bench.offsite_settings import BENCHMARKS
 from splitfl.bench.split import measure, open_sides, prepare, prepare_keys
 from splitfl.bench.table import by_case, has_speed, print_table
-from splitfl.bench.utility import bench_utility
 from splitfl.config import BenchSettings
 from splitfl.errors import DataError, InternalError, UsageError, nearest, printable
 from splitfl.metrics import Result, machine, write_results
@@ -38,17 +34,15 @@ def bench(settings: BenchSettings) -> None:
         UsageError: no such benchmark, or settings that do not fit.
         InternalError: the two sides of a case did not compute the same; its speed was not printed.
     """
-    benchmarks: dict[str, Callable[[BenchSettings], None]] = {
-        "split": bench_split, "utility": bench_utility, "offsite": bench_offsite,
-        "rules": bench_rules, "aggregation": bench_aggregation, "rounds": bench_rounds,
-        "frameworks": bench_frameworks,
-    }  # fmt: skip
-    if settings.name not in benchmarks:
+    if settings.name not in BENCHMARKS:
         raise UsageError(
-            f"There is no benchmark {printable(settings.name, 40)!r}.", hint=nearest(settings.name, benchmarks)
+            f"There is no benchmark {printable(settings.name, 40)!r}.", hint=nearest(settings.name, BENCHMARKS)
         )
+    run: Callable[[BenchSettings], None] = bench_split
+    if settings.name != "split":  # some need libraries that others do without: the measuring process stays light
+        run = getattr(import_module(f"splitfl.bench.{settings.name}"), f"bench_{settings.name}")
     with stopped_by_sigterm():
-        benchmarks[settings.name](settings)
+        run(settings)
 
 
 def bench_split(settings: BenchSettings) -> None:

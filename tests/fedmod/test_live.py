@@ -23,7 +23,7 @@ from splitfl.sketch import plan_sketch, release, row_codes, similarities
 from tests.fedmod.servers import Place, films, health, make_places
 from tests.live.child import Child, child
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 MODEL = assets() / "model"
 OWN_KIND = {"alice": "bob", "bob": "alice", "carol": "dave", "dave": "carol"}
 

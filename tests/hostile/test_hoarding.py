@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from splitfl.wire.messages import Bye, Closed, Forward, Refused, Release, Welcome
 from splitfl.wire.steps import MAX_OPEN
 from tests.hostile.attacker import attacker, attackers, new_number, within
+
+pytestmark = pytest.mark.slow
 
 
 def zeros(foe, rows, length):

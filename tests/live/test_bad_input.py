@@ -17,6 +17,8 @@ from tests.live.child import splitfl_here
 from tests.live.models import make_kit, save_tiny
 from tests.live.owner import Owner, serve
 
+pytestmark = pytest.mark.slow
+
 
 def tune_words(owner: Owner, config: Path, out: Path, *more: str | Path) -> list[str | Path]:
     return ["tune", *owner.link(), "--config", config, "--out", out, *more]

@@ -242,6 +242,7 @@ def figures(path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(480)
 def test_two_architectures_learn_from_each_other_and_one_is_killed(tmp_path, families):
     """A llama and a GPT-2 with one tokenizer; the GPT-2's process is killed after the first round and comes back."""
@@ -289,6 +290,7 @@ def test_two_architectures_learn_from_each_other_and_one_is_killed(tmp_path, fam
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(480)
 def test_classes_under_a_mask(tmp_path):
     """Three encoders send every class, so that a masked sum will do; the mean is what they learn from."""

@@ -22,7 +22,7 @@ from tests.federation.federation import PARTIES, coordinate, make_keys
 from tests.live.models import Rows, answer_rows, write_jsonl
 from tests.live.runs import events
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 DP = {"dp-noise-multiplier": 1.2, "dp-delta": "1e-3", "dp-clip": 0.5, "dp-rounds": 2}
 PATIENCE_S = 400.0

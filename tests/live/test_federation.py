@@ -26,7 +26,7 @@ from tests.live.models import Rows, answer_rows, whole_model, write_jsonl
 from tests.live.owner import serve
 from tests.live.runs import adapter_in, events
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 STEPS = 3
 
@@ -94,7 +94,7 @@ def _stored(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
-@pytest.mark.parametrize("rule", ["fedit", "rolora"])
+@pytest.mark.parametrize("rule", ["fedit", pytest.param("rolora", marks=pytest.mark.long)])
 def test_one_party_alone_trains_as_plain_lora_does(tiny_llama, rows, places, rule):
     words = options(tiny_llama, rows, **{"sum": "plain", "rule": rule, "lr-scheduler-type": "constant"})
     with (
@@ -148,7 +148,7 @@ def test_three_parties_end_with_one_adapter_that_fits_the_whole_model(tiny_llama
     assert told["federation"]["coordinator_sees"].startswith("every update")
 
 
-@pytest.mark.parametrize("summation", ["mask", "mask+hidden", "bfv"])
+@pytest.mark.parametrize("summation", ["mask", pytest.param("mask+hidden", marks=pytest.mark.long), "bfv"])
 def test_sums_that_hide_updates_give_the_adapter_of_plain_ones(tiny_llama, plain_run, tmp_path, summation):
     if summation == "bfv":
         pytest.importorskip("tenseal", reason="the extra he is not installed")
@@ -158,7 +158,10 @@ def test_sums_that_hide_updates_give_the_adapter_of_plain_ones(tiny_llama, plain
         torch.testing.assert_close(hidden[name], tensor, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["flora", "fedex", "fedsa", "fed-sb"])
+@pytest.mark.parametrize(
+    "rule",
+    ["flora", *(pytest.param(rule, marks=pytest.mark.long) for rule in ("fedex", "fedsa", "fed-sb", "fedlrt", "fra"))],
+)
 def test_rules_that_merge_keep_apart_or_train_cores_go_through_the_network(tiny_llama, tmp_path, rule):
     folder = run_three(tiny_llama, tmp_path, "plain", rule)
     runs = [adapter_in(folder / f"run-{name}") for name in PARTIES]

@@ -16,6 +16,8 @@ from splitfl.wire.steps import MAX_OPEN
 from tests.live.models import read_jsonl
 from tests.live.pairs import adapter_of, collator_of, examples_of, twins
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "max_steps": 6,
     "per_device_train_batch_size": 4,

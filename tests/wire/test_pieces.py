@@ -154,7 +154,7 @@ def test_a_refused_fetch_is_over_and_keeps_nothing(opened):
 # ---- who may ask
 
 
-@pytest.mark.parametrize("name", sorted(PROTOCOLS))
+@pytest.mark.parametrize("name", sorted(name for name, protocol in PROTOCOLS.items() if not protocol.whole))
 def test_only_the_offline_protocol_lets_an_emulator_cross(name):
     for role, session_class in ROLES.items():
         session = session_class(TERMS, PROTOCOLS[name].disclosure)
