@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from party.bookkeeping import Book
-from party.evaluate import Score, evaluate
+from party.evaluate import Score
 from party.federated_bound_of import bound_of, resting
 from party.federated_end import disclosed, results_of, write_adapter
 from party.federated_model import SharedModel
+from party.federated_scores import Scores
 from party.federated_state import PlainStates, SealedStates
 from party.federated_sums import FOLDER, take_part
 from party.local_training import LocalTraining, StoppedEarly
 from party.offline import ADVERSARY
 from party.opening import Preparation, say
-from party.protect import numbered
 from party.rounds import Outcome, RoundClient, RoundTask
 from party.rundir import RunDirectory
 from party.workplace import Workplace
@@ -70,8 +70,6 @@ class Course:
     """Of the rule."""
     step: int
     """Sum of the rule's round."""
-    training: int
-    """Trainings before this one."""
     what: Step
     is_last: bool
     """Whether the rule's round ends with it."""
@@ -103,6 +101,7 @@ class Participant:
         )
         """Holds this party to the bound on its updates; None where there is no bound."""
         self.rank = settings.r if settings.federation_r not in (None, settings.r) else None
+        self.scores = Scores(self.settings, kit, data, place, self.rule, self.shared, self.rank)
         self.protocol = preparation.protocol.name
         self.states = PlainStates(self.rule, self.first)
         self.own, self.merged = self._kept_own()
@@ -128,8 +127,7 @@ class Participant:
             say(f"federation {client.entered.federation[:8]}: {rounds} sums, rule {self.rule.name}, sum "
                 f"{self.settings.sum}, at least {client.entered.min_parties} parties")  # fmt: skip
             training = LocalTraining(self.settings, self.kit, self.run, self.data, self.place, self._trainings(rounds))
-            before = self._scored(self.first, Course(
-                number=-1, round=0, step=0, training=0, what=Step(), is_last=True), "before")  # fmt: skip
+            before = self.scores.of_state(-1, 0, self.first, None, "before")
             try:
                 for task in client:
                     self._round(client, task, training)
@@ -155,9 +153,7 @@ class Participant:
     def _course(self, number: int) -> Course:
         round_, step = place_of(self.rule, number)
         steps = self.rule.steps(round_)
-        return Course(
-            number=number, round=round_, step=step, training=0, what=steps[step], is_last=step == len(steps) - 1
-        )
+        return Course(number=number, round=round_, step=step, what=steps[step], is_last=step == len(steps) - 1)
 
     # ---- one round
 
@@ -184,12 +180,14 @@ class Participant:
             say(f"round {task.round}: it goes on without this party")
             return
         summed = time.monotonic()
-        personal, common = self._scores(state, after, course) if course.is_last else (None, None)
+        personal, common = None, None
+        if course.is_last:
+            personal, common = self.scores.of_round(course.number, course.round, state, after, self.own)
         kept = task.finish(
             self.states.wrap(after),
             personal=personal,
             common=common,
-            rows=0 if self.data.held_out is None else len(self.data.held_out),
+            rows=self.scores.rows,
             agrees=lambda blob: self.states.is_as_good(blob, after),
         )
         self.place.log.write(
@@ -290,44 +288,6 @@ class Participant:
         if beyond:
             say(f"{beyond:,} of {vector.size:,} values are beyond the federation's clip and will be cut to it")
 
-    # ---- scores
-
-    def _scores(self, before: State, after: State, course: Course) -> tuple[float | None, float | None]:
-        """Score of this party's own model, and of the one that all share."""
-        if self.data.held_out is None:
-            return None, None
-        if self.rule.no_global:
-            personal = self._scored(after, course, "personal")
-            return _higher_is_better(personal), None
-        own = None
-        if self.own is not None and self.settings.sum_noise is None:  # no noise is in this party's own model
-            self.shared.load(self.own, before.merged)
-            own = _higher_is_better(self._score())
-        return own, _higher_is_better(self._scored(after, course, "during"))
-
-    def _scored(self, state: State, course: Course, when: str) -> Score | None:
-        if self.data.held_out is None:
-            return None
-        update = self.rule.start(state, course.round + 1, own=self.own, rank=self.rank)
-        if self.rule.steps(course.round + 1)[0].does == "gradient":
-            update = state.adapter.map(lambda _, pair: pair)  # the model itself, not what its gradient is taken with
-        self.shared.load(update, state.merged)
-        score = self._score()
-        self.place.log.write("eval", step=course.number + 1, when=when, tokens=score.counted, **score.facts())
-        return score
-
-    def _score(self) -> Score:
-        assert self.data.held_out is not None  # noqa: S101
-        return evaluate(
-            self.shared.model,
-            numbered(self.data.held_out),
-            self.data.collator,
-            task=self.kit.plan.task,
-            batch_size=self.settings.per_device_eval_batch_size,
-            device=self.settings.device,
-            on_batch=self.place.tracker.scoring,
-        )
-
     def _personal(self, state: State) -> State:
         """The same with what this party keeps for itself."""
         update = self.rule.start(state, 0, own=self.own, rank=self.rank)
@@ -409,8 +369,7 @@ class Participant:
         if self.own is not None:
             own = State(adapter=self.own, merged=self.merged)
             write_adapter(*final_adapter(own, config), self.run.path / "personal", base_name=name)
-        course = Course(number=outcome.rounds, round=0, step=0, training=0, what=Step(), is_last=True)
-        after = self._scored(best, course, "after")
+        after = self.scores.of_state(outcome.rounds, 0, best, self.own, "after")
         chosen = (
             "the last round's"
             if outcome.best_round is None
@@ -431,13 +390,6 @@ class Participant:
             say(str(error))
         say(f"adapter: {self.run.adapter}")
         return 0
-
-
-def _higher_is_better(score: Score | None) -> float | None:
-    """Macro F1 of a classifier, else minus the loss: what rounds are judged by."""
-    if score is None:
-        return None
-    return score.macro_f1 if score.macro_f1 is not None else -score.loss
 
 
 def _or_dash(value: float | None) -> str:

@@ -14,16 +14,12 @@ from splitfl.config import (
     DoctorSettings,
     EvaluateSettings,
     GenerateSettings,
-    KeysAllow,
-    KeysIdentity,
-    KeysNew,
-    KeysRevoke,
-    KeysShow,
     KitSettings,
     ServeSettings,
     TuneSettings,
 )
 from splitfl.config_federation import FederateSettings
+from splitfl.config_keys import KeysAllow, KeysIdentity, KeysNew, KeysRevoke, KeysShow
 from splitfl.config_mesh import FedmodSettings
 from splitfl.config_offsite import EmulatorSettings, FetchSettings, MarginSettings, PluginSettings
 from splitfl.config_privacy import LedgerBudget, LedgerExport, LedgerShow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from splitfl import config
+from splitfl import config, config_keys
 from splitfl.errors import UsageError
 from splitfl.options import fields_of, on_loopback, parse_address, parse_shape, parse_size
 from tests.toy import COMMANDS, KEYS, TUNE, Toy, refusal, settings_of
@@ -30,11 +30,11 @@ def test_the_settings_load_nothing_heavy():
 
 
 def test_the_conversation_of_the_readme_is_understood(toy):
-    assert settings_of(toy, "keys new hospital --out keys/") == config.KeysNew(name="hospital", out=Path("keys"))
+    assert settings_of(toy, "keys new hospital --out keys/") == config_keys.KeysNew(name="hospital", out=Path("keys"))
     allow = settings_of(toy, "keys allow keys/hospital.key --parties parties/")
-    assert allow == config.KeysAllow(key=Path("keys/hospital.key"), parties=Path("parties"))
+    assert allow == config_keys.KeysAllow(key=Path("keys/hospital.key"), parties=Path("parties"))
     shown = settings_of(toy, "keys show a.key keys/")
-    assert shown == config.KeysShow(paths=(Path("a.key"), Path("keys")))
+    assert shown == config_keys.KeysShow(paths=(Path("a.key"), Path("keys")))
     kit = settings_of(toy, "kit kit/ --model MODEL --bottom 2 --top 2")
     assert kit == config.KitSettings(out=Path("kit"), model="MODEL", bottom=2, top=2)
     words = "serve --model MODEL --kit kit/ --bind tcp://127.0.0.1:0 --key o.key_secret --parties parties/"

@@ -18,7 +18,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitfl import config
+from splitfl import config, config_keys
 from splitfl.errors import RefusedError, SplitflError, UsageError
 from splitfl.options import Settings, command, fields_of, plain_settings, run_app, to_toml
 from tests.toy import COMMANDS, TUNE, Toy, refusal, settings_of
@@ -78,7 +78,7 @@ def test_tables_of_commands_of_two_words_and_positional_settings(toy, tmp_path):
     (tmp_path / "k.toml").write_text(
         '[keys]\nout = "a"\n[keys.new]\nname = "hospital"\n[keys.show]\npaths = ["b", "c"]\n'
     )
-    assert settings_of(toy, "keys new --config k.toml") == config.KeysNew(name="hospital", out=Path("a"))
+    assert settings_of(toy, "keys new --config k.toml") == config_keys.KeysNew(name="hospital", out=Path("a"))
     assert settings_of(toy, "keys new law --config k.toml").name == "law"
     (tmp_path / "k.toml").write_text('[keys.show]\npaths = ["b", "c"]\n')
     assert settings_of(toy, "keys show --config k.toml").paths == (Path("b"), Path("c"))

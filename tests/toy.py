@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from splitfl import config, config_federation, config_mesh, config_offsite, config_privacy
+from splitfl import config, config_federation, config_keys, config_mesh, config_offsite, config_privacy
 from splitfl.options import Settings, command, run_app
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -25,11 +25,11 @@ COMMANDS: dict[str, type[Settings]] = {
     "federate": config_federation.FederateSettings,
 }
 KEYS: dict[str, type[Settings]] = {
-    "new": config.KeysNew,
-    "show": config.KeysShow,
-    "identity": config.KeysIdentity,
-    "allow": config.KeysAllow,
-    "revoke": config.KeysRevoke,
+    "new": config_keys.KeysNew,
+    "show": config_keys.KeysShow,
+    "identity": config_keys.KeysIdentity,
+    "allow": config_keys.KeysAllow,
+    "revoke": config_keys.KeysRevoke,
 }
 LEDGER: dict[str, type[Settings]] = {
     "show": config_privacy.LedgerShow,

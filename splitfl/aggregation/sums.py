@@ -97,10 +97,11 @@ class Sealer(Protocol):
 
         Args:
             survivors: as in `agree`.
-            agreements: signatures of all of them, by public key: the coordinator told everybody the same.
+            agreements: their signatures, by public key, of as many as the way of summing needs to know that the
+                coordinator told everybody the same; one that is wrong is refused.
 
         Raises:
-            PeerError: a signature is missing or wrong, or there are too few survivors.
+            PeerError: too few signatures, a wrong one, or too few survivors.
         """
 
     def open(self, result: bytes) -> Opened:
