@@ -263,9 +263,11 @@ def _begin(settings: TuneSettings, run: RunDirectory, preparation: OfflinePrepar
     path = run.path / "disclosure.json"
     told = json.loads(path.read_text(encoding="utf-8"))
     told["adapter"] = {
-        "direction": "party to owner",
+        "direction": "party to owner" if settings.federate is None else "party to coordinator",
         "content": "LoRA weights of bottom and top (with a classifier, its head), tuned on the rows",
-        "how_often": "once, by hand, after the run",
+        "how_often": "once, by hand, after the run"
+        if settings.federate is None
+        else "in every round of the federation",
         "bound": preparation.claim.sentence(),
     }
     replace_text(path, json.dumps(told, indent=2) + "\n")

@@ -22,6 +22,7 @@ from party.opening import connect, data_set, guarded, open_book, prepare, say
 from party.protect import BatchRows, Guard, RowTracker, numbered
 from party.rundir import RunDirectory
 from party.session import Session
+from party.whole import whole_model
 from protocols import protocol_named
 from splitfl.adapter_check import Adapter, check_adapter, plug_in
 from splitfl.adapters import open_adapter
@@ -73,6 +74,12 @@ def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = T
         yield TunedModel(
             run=tuned, kit=kit, session=None, guard=None, model=adapted(emulated), tokenizer=kit.tokenizer()
         )
+        return
+    if protocol_named(tuned.protocol).whole:
+        assert tuned.model is not None  # noqa: S101  such a run has one
+        whole = whole_model(tuned, kit, Path(tuned.model)).eval()
+        whole.config.use_cache = kit.plan.task == "causal-lm"
+        yield TunedModel(run=tuned, kit=kit, session=None, guard=None, model=adapted(whole), tokenizer=kit.tokenizer())
         return
     preparation = prepare(tuned, kit, tuned.max_length or kit.plan.max_length or 2048)
     with contextlib.closing(connect(tuned, kit, preparation.protection)) as session:
@@ -160,7 +167,7 @@ def evaluate_run(settings: EvaluateSettings) -> None:
             )
         seconds = time.monotonic() - started
     case = "with --adapter" if settings.adapter is not None else str(settings.split)
-    case = case if opened.guard is not None else f"{case} {WITH_EMULATOR}"
+    case = f"{case} {WITH_EMULATOR}" if protocol_named(run.protocol).offline else case
     units = {"loss": "nats", "counted": "tokens" if kit.plan.task == "causal-lm" else "rows", "accuracy": "share"}
     results = [
         Result(case=case, metric=name, value=value, unit=units.get(name, "")) for name, value in score.facts().items()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from party.bookkeeping import Book, DataSet, keep_name
 from party.dp_lora import WITHHELD, Literal, LiteralTrainer, check_literal, literal_preview
@@ -121,7 +122,14 @@ def _loop(settings: TuneSettings, data: Data, preparation: Preparation, log: Run
 
 def whole_with_lora(settings: TuneSettings, kit: Kit, model_dir: Path, plan: Plan | None = None) -> PeftModel:
     """The model in one piece with LoRA on the layers that the plan gives to a party; without one, on all of them."""
-    plan = plan or everywhere(kit.plan)
+    whole = whole_model(settings, kit, model_dir)
+    targets = list(settings.target_modules) or None
+    chosen = {**settings.lora_kwargs(), "target_modules": targets}
+    return add_lora(whole, lora_config(whole, plan or everywhere(kit.plan), **chosen), seed=settings.seed)
+
+
+def whole_model(settings: TuneSettings, kit: Kit, model_dir: Path) -> PreTrainedModel:
+    """The model in one piece, frozen, on the settings' device; a head that it lacks is the kit's."""
     dtype = DTYPES[resolve_dtype(kit, settings.dtype)]
     with quiet_library():
         whole, info = model_class(kit.config, kit.plan.task).from_pretrained(
@@ -138,9 +146,8 @@ def whole_with_lora(settings: TuneSettings, kit: Kit, model_dir: Path, plan: Pla
     whole.load_state_dict(drawn, strict=False)
     whole.requires_grad_(False)
     whole.config.use_cache = False
-    targets = list(settings.target_modules) or None
-    config = lora_config(whole, plan, **{**settings.lora_kwargs(), "target_modules": targets})
-    return add_lora(whole.to(check_device(settings.device)), config, seed=settings.seed)
+    moved: PreTrainedModel = whole.to(check_device(settings.device))
+    return moved
 
 
 def everywhere(plan: Plan) -> Plan:

@@ -108,9 +108,7 @@ class FederatedTuning(SumNoise, DistillationOptions):
         "Directory of the public keys of all parties, for sums that the coordinator cannot read.",
         FEDERATION,
     ] = None
-    model: Annotated[str | None, "Directory of the whole model, for fed-params and fed-kd.", NOT_EMPTY, FEDERATION] = (
-        None
-    )
+    model: Annotated[Path | None, "Directory of the whole model, for fed-params and fed-kd.", FEDERATION] = None
     rule: Annotated[str, "How updates become the next state; as the coordinator says.", NOT_EMPTY, FEDERATION] = (
         "rolora"
     )

@@ -47,7 +47,7 @@ def settings_for(folder, model, kit, **more):
     """Settings of one party, as far as its model and rows go."""
     made = answer_rows()
     return TuneSettings(
-        kit=kit, model=str(model), out=folder / "out", protocol="fed-kd", federate="tcp://127.0.0.1:9",
+        kit=kit, model=model, out=folder / "out", protocol="fed-kd", federate="tcp://127.0.0.1:9",
         coordinator_key=Path("c.key"), key=Path("k.key_secret"), peers=Path("peers"), target_modules=("all-linear",),
         train=write_jsonl(folder / "train.jsonl", made[:20]), public=write_jsonl(folder / "public.jsonl", made[20:30]),
         **{"sum": "plain", "seed": 3, **more},

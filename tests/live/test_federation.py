@@ -63,7 +63,7 @@ def reference(tiny_llama, rows: Rows, rounds: int, rule: str) -> dict[str, torch
     model_dir, kit_dir = tiny_llama
     kit = open_kit(kit_dir)
     settings = TuneSettings(
-        kit=kit_dir, out=Path("none"), train=rows.train, protocol="fed-params", model=str(model_dir), sum="plain",
+        kit=kit_dir, out=Path("none"), train=rows.train, protocol="fed-params", model=model_dir, sum="plain",
         federate="tcp://127.0.0.1:1", coordinator_key=Path("c"), key=Path("k"), target_modules=("all-linear",),
     )  # fmt: skip
     model = whole_with_lora(settings, kit, model_dir)
@@ -144,6 +144,12 @@ def test_three_parties_end_with_one_adapter_that_fits_the_whole_model(tiny_llama
     assert all(r["common"] is not None and r["personal"] is not None for r in rounds)
     before, *_, after = events(plain_run / "run-clinic", "eval")
     assert after["loss"] < before["loss"]
+    splitfl("evaluate", "--run", plain_run / "run-clinic", "--eval", plain_run / "held.jsonl", "--json", "out.json",
+            folder=plain_run)  # fmt: skip
+    found = {
+        r["metric"]: r["value"] for r in json.loads((plain_run / "out.json").read_text(encoding="utf-8"))["results"]
+    }
+    assert found["loss"] == pytest.approx(after["loss"], abs=1e-5)
     told = json.loads((plain_run / "run-clinic" / "disclosure.json").read_text(encoding="utf-8"))
     assert told["federation"]["coordinator_sees"].startswith("every update")
 
