@@ -365,6 +365,9 @@ def test_differences_are_above_nothing_where_the_first_is_better():
     del by_seed["answers"][2][FULL_TUNED]
     assert comparisons("answers", by_seed["answers"])[GAIN].low == pytest.approx(1.48), "a seed without it is left out"
     hopeless = {0: {**by_seed["answers"][0], FULL_TUNED: by_seed["answers"][0][FULL_ZERO]}}
+    tie = {name: Spread(mean=0.1 + 0.2 - 0.3, low=-0.1, high=0.1) for name in (MARGIN, GAIN)}
+    assert tie[MARGIN].mean > 0
+    assert reached(tie) == (False, False), "rounding is no margin"
     assert SHARE not in comparisons("answers", hopeless)
     assert reached(comparisons("answers", hopeless)) == (True, False)
 
@@ -444,7 +447,7 @@ def test_the_terminal_shows_all_six_ways_in_their_order(capsys, monkeypatch):
     assert [re.split(r"\s{2,}|\s(?=\d)", line)[0] for line in lines[2:8]] == list(WAYS)
     assert lines[5].split() == ["plug-in", "2.520", "2.500", "to", "2.540", "2.520", "20.0", "MB", "500.0", "kB",
                                 "9.0", "s"]  # fmt: skip
-    assert "share of full fine-tuning's gain: 74% (73% to 75%); aim: at least 75%" in lines
+    assert "share of full fine-tuning's gain: 74.0% (73.0% to 75.0%); aim: at least 75%" in lines
     print_tables(Outcomes(settings=settings()))
     assert capsys.readouterr().out == ""
 
@@ -478,8 +481,12 @@ def test_the_page_is_filled_from_the_figures_and_again_from_its_summary(figures,
     assert "old" not in page.partition(BEGIN)[2].splitlines()
     assert "| *answers* | plug-in | 2.520 | 2.500 to 2.540 | 2.520 | 20.0 MB | 500.0 kB | 9.0 s |" in page
     assert "+0.700 (+0.700 to +0.700) | +1.480 (+1.460 to +1.500) | +0.520 (+0.500 to +0.540)" in page
-    assert "| 74% (73% to 75%) | yes, no |" in page
+    assert "| 74.0% (73.0% to 75.0%) | yes, no |" in page
     assert "2.00 times the tokens a second of full LoRA (aim: 1.5), 0.50 times its memory" in page
+    assert (
+        "- *embedded*: the plug-in is better than the tuned emulator and than zero-shot on 2 of 2 tasks, and has 75% "
+        in page
+    )
     assert "emulator for causal-lm: 4 of the trunk's 8 layers" in page
     assert "full model 3.000" in page
     assert max(len(line) for line in page.splitlines() if not line.startswith(("|", "- "))) <= 400

@@ -82,7 +82,7 @@ def comparison_lines(task: str, found: Mapping[str, Spread]) -> list[str]:
         lines.append(told(GAP, "full fine-tuning over plug-in"))
     if SHARE in found:
         one = found[SHARE]
-        lines.append(f"{SHARE}: {one.mean:.0%} ({one.low:.0%} to {one.high:.0%}); aim: at least {SHARE_REACH:.0%}")
+        lines.append(f"{SHARE}: {one.mean:.1%} ({one.low:.1%} to {one.high:.1%}); aim: at least {SHARE_REACH:.0%}")
     return lines
 
 
