@@ -175,8 +175,8 @@ def _met(record: Mapping[str, Any], models: Sequence[str]) -> Iterator[str]:
         ]
         better, enough = (sum(reached(one)[which] for one in found) for which in (0, 1))
         yield (
-            f"- *{model}*: the plug-in is better than the tuned emulator and than zero-shot on {better} of {len(found)} "
-            f"tasks, and has {SHARE_REACH:.0%} of full fine-tuning's gain or more on {enough}."
+            f"- *{model}*: the plug-in is better than the tuned emulator and than zero-shot on {better} of "
+            f"{len(found)} tasks, and has {SHARE_REACH:.0%} of full fine-tuning's gain or more on {enough}."
         )
     yield ""
 

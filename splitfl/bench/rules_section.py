@@ -209,7 +209,9 @@ def _order(task: str, rows: Sequence[Row]) -> str:
     said = (
         f"of the rules with one model, `{best.rule}` has the best median on the rows of all ({best.every.median:.3f})"
     )
-    if overlapping:
+    if best.seeds == 1:
+        said += "; with one seed there is no range to tell that from chance"
+    elif overlapping:
         said += f"; the ranges of {len(overlapping)} of the other {len(ordered) - 1} overlap with its own"
     return f"{said}. Last is `{ordered[-1].rule}` ({ordered[-1].every.median:.3f})."
 
@@ -229,7 +231,7 @@ def _against_local(task: str, local: Row, rules: Sequence[Row]) -> str:
     named = ", ".join(f"`{row.rule}`" for row in own) or "none"
     return (
         f"on the rows of all, {ahead} of {len(rules)} rules have a better median than parties by themselves "
-        f"({local.every.median:.3f}); on the parties' own rows ({local.own.median:.3f}) {len(own)} have: {named}."
+        f"({local.every.median:.3f}); on the parties' own rows ({local.own.median:.3f}) better are: {named}."
     )
 
 

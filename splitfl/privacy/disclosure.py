@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Direction = Literal[
-    "party to owner", "owner to party", "peer to peer", "party to coordinator", "coordinator to party"
-]
+Direction = Literal["party to owner", "owner to party", "peer to peer", "party to coordinator", "coordinator to party"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,6 @@ import os, sqlite3, sys
 sys.path.insert(0, {str(ROOT)!r})
 from splitfl.privacy.ledger import Ledger, Release
 
-pytestmark = pytest.mark.slow
-
 path, hold, start, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
 def step(*words):
