@@ -34,6 +34,7 @@ PARTIES = ("hospital", "clinic")
 PROMPT = "What are the symptoms of asthma?"
 _BOTTOM, _TOP = 2, 2
 _READY_S, _STEP_S = 120.0, 60.0
+_LOGGED = 5  # steps between two records
 _MARK = "this-is-a-splitfl-demo"
 _TUNING = {
     "--learning-rate": "2e-3",
@@ -41,7 +42,6 @@ _TUNING = {
     "--max-length": "192",
     "--truncation": "right",
     "--target-modules": "all-linear",
-    "--logging-steps": "5",
     "--r": "16",
     "--lora-alpha": "32",
 }
@@ -207,6 +207,7 @@ def _start_tuning(settings: DemoSettings, out: Path, party: str, address: str) -
              "--eval", str(data / f"{party}.held.jsonl"), "--out", str(out / party), "--protocol", "split",
              "--max-steps", str(settings.max_steps), "--seed", str(settings.seed)]  # fmt: skip
     options = [word for pair in _TUNING.items() for word in pair]
+    options += ["--logging-steps", str(min(_LOGGED, settings.max_steps))]  # even the shortest run has a rate
     with (out / f"{party}.log").open("wb") as log:
         return subprocess.Popen(_command(words + options), env=_environment(), stdout=log, stderr=log)
 
