@@ -1,0 +1,35 @@
+"""The record of an attack: what it is called, what it needs, and where it stands in the literature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from splitfl.audit.view import Guesses, Knowledge, View
+
+Need: TypeAlias = Literal["hidden", "output", "gradient", "update", "auxiliary", "model", "causal", "embedding cut"]
+Finds: TypeAlias = Literal["tokens", "answers", "classes", "scores", "bags"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One attack. `run` reads its `View` and nothing else."""
+
+    name: str
+    """As in ``splitfl audit --attack``."""
+    title: str
+    """One line for people."""
+    source: str
+    """Paper and section."""
+    needs: frozenset[Need]
+    """Without one of these it is left out, and the report says so."""
+    finds: Finds
+    """What its main score is about."""
+    least: Knowledge
+    """The least knowledge that it works with."""
+    run: Callable[[View], Guesses]
+    weak_point: str
+    """Why it may do badly where the text can be read all the same; the report prints it beside a low score."""
+    default: bool = True
+    """Whether `splitfl audit` runs it unless told otherwise."""
