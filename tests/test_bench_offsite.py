@@ -502,6 +502,30 @@ def test_the_page_is_filled_from_the_figures_and_again_from_its_summary(figures,
     assert "no place" in capsys.readouterr().err
 
 
+def test_models_that_were_measured_before_can_be_kept(figures, tmp_path, capsys):
+    file, docs = figures
+    assert offsite_page.main([str(file), "--docs", str(docs)]) == 0
+    page, summary = ((docs / name).read_text(encoding="utf-8") for name in ("offsite.md", offsite_page.SUMMARY))
+    noted(Outcomes(settings=settings(json=tmp_path / "g.json")), "answers", model="third")
+    assert offsite_page.main([str(tmp_path / "g.json"), "--docs", str(docs), "--keep"]) == 0
+    after = json.loads((docs / offsite_page.SUMMARY).read_text(encoding="utf-8"))
+    before = json.loads(summary)
+    assert list(dict.fromkeys(row["model"] for row in after["rows"])) == ["embedded", "other", "third"]
+    assert [row for row in after["rows"] if row["model"] != "third"] == before["rows"]
+    assert (after["emulators"], after["costs"]) == (before["emulators"], before["costs"])
+    assert set(after["comparisons"]) == {*before["comparisons"], "third / answers"}
+    assert "#### The model *third*" in (docs / "offsite.md").read_text(encoding="utf-8")
+    # The file's own models take the place of those kept; figures of other settings are no one table.
+    assert offsite_page.main([str(file), "--docs", str(docs), "--keep"]) == 0
+    assert "third" in (docs / "offsite.md").read_text(encoding="utf-8")
+    assert offsite_page.main([str(file), "--docs", str(docs)]) == 0
+    assert (docs / "offsite.md").read_text(encoding="utf-8") == page
+    noted(Outcomes(settings=settings(json=tmp_path / "h.json", distil_steps=7)), "answers", model="third")
+    assert offsite_page.main([str(tmp_path / "h.json"), "--docs", str(docs), "--keep"]) == 2
+    assert "another settings" in capsys.readouterr().err
+    assert (docs / offsite_page.SUMMARY).read_text(encoding="utf-8") == summary
+
+
 def test_a_page_of_nothing_or_of_a_quick_run_is_refused(tmp_path, capsys):
     for given, said in (({}, "holds no run"), ({"quick": True}, "figures mean nothing")):
         outcomes = Outcomes(settings=settings(json=tmp_path / "f.json", **given))

@@ -1,7 +1,8 @@
 """``python -m splitfl.bench.offsite_page FILE``: the comparison in docs/offsite.md, from `splitfl bench offsite`.
 
 Writes docs/offsite.json (the file without its single runs: means and ranges over the seeds), the picture, and the
-section of docs/offsite.md between the two markers. Without FILE, the section alone, from docs/offsite.json.
+section of docs/offsite.md between the two markers. With --keep, models that FILE does not hold stay as they are in
+docs/offsite.json, since a grid takes hours. Without FILE, the section alone, from docs/offsite.json.
 """
 
 from __future__ import annotations
@@ -60,6 +61,31 @@ def compact(record: Mapping[str, Any]) -> dict[str, Any]:
         },
     }
     return dict(_shortened(summary))
+
+
+def merged(summary: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """`summary`, and of `kept`, which was measured before it, the models that it does not have.
+
+    Raises:
+        UsageError: the two are of other settings, tasks, machines or versions, so that they are no one table.
+    """
+    for name in ("version", "machine", "settings", "rates"):
+        if summary[name] != kept[name]:
+            raise UsageError(
+                f"The figures kept are of another {name} than those of the file.",
+                hint="run both models, or leave --keep out",
+            )
+    tasks = {**kept["tasks"], **summary["tasks"]}
+    other = [task for task, facts in kept["tasks"].items() if tasks[task] != facts]
+    if other:
+        raise UsageError(f"The figures kept had other rows or steps for task {other[0]!r}.", hint="leave --keep out")
+    new = {row["model"] for row in summary["rows"]}
+    both = {**summary, "tasks": tasks}
+    both["rows"] = [row for row in kept["rows"] if row["model"] not in new] + summary["rows"]
+    for name in ("emulators", "costs", "chosen", "comparisons"):
+        old = {case: facts for case, facts in kept[name].items() if case.split(" / ")[0] not in new}
+        both[name] = {**old, **summary[name]}
+    return both
 
 
 def _shortened(value: Any) -> Any:
@@ -135,8 +161,13 @@ def filled(page: str, record: Mapping[str, Any]) -> str:
     return f"{before}{BEGIN}\n" + "\n".join(section(record)) + f"\n{END}{after}"
 
 
-def write_page(file: Path | None, docs: Path) -> list[Path]:
+def write_page(file: Path | None, docs: Path, *, keep: bool = False) -> list[Path]:
     """Write summary, picture and section into `docs`; the paths of what was written.
+
+    Args:
+        file: figures of `splitfl bench offsite`; None writes the section alone.
+        docs: folder of the pages.
+        keep: leave models that `file` does not hold as they are.
 
     Raises:
         DataError: `file` holds no figures of this benchmark, or the page has no place for them.
@@ -149,6 +180,8 @@ def write_page(file: Path | None, docs: Path) -> list[Path]:
             raise UsageError(f"{file} holds no run to show.", hint="let `splitfl bench offsite --resume` go on")
         if summary["settings"]["quick"]:
             raise UsageError(f"{file} is of --quick, whose figures mean nothing.", hint="leave --quick out")
+        if keep and (docs / SUMMARY).is_file():
+            summary = merged(summary, json.loads((docs / SUMMARY).read_text(encoding="utf-8")))
         draw([row_from(entry) for entry in summary["rows"]], docs / PICTURE)
         replace_text(docs / SUMMARY, json.dumps(summary, indent=1) + "\n")
         written = [docs / PICTURE, docs / SUMMARY]
@@ -163,9 +196,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m splitfl.bench.offsite_page", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", help="a file that `splitfl bench offsite --json` wrote")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the pages")
+    parser.add_argument("--keep", action="store_true", help="keep the figures of models that the file does not hold")
     given = parser.parse_args(words)
     try:
-        for path in write_page(given.file, given.docs):
+        for path in write_page(given.file, given.docs, keep=given.keep):
             print(f"wrote {path}")
     except SplitflError as error:
         print(f"error: {error}", file=sys.stderr)
