@@ -88,6 +88,8 @@ class Noise:
     """Standard deviation on each coordinate; 0 without Gaussian noise."""
     clip: float = math.inf
     """Largest Frobenius norm of a record (or of a token, where that is the unit)."""
+    unit: Literal["record", "token"] = "record"
+    """What `clip` holds for: the rows of one `Sent` together, or each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
