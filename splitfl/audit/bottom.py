@@ -83,15 +83,20 @@ def open_bottom(view: View) -> Bottom:
     """The bottom that this attacker knows: random at K0, the kit's from K1 on, with the seed's adapter at K2, the
     party's own at K3."""
     plan = view.kit.plan
+    return Bottom(known_model(view), plan.stack, plan.bottom)
+
+
+def known_model(view: View) -> PreTrainedModel:
+    """The kit's model as this attacker knows it, bottom and top, float32; pass-throughs where the trunk is."""
+    plan = view.kit.plan
     model = _random(view) if view.knowledge == Knowledge.ARCHITECTURE else view.kit.load(torch.float32)
-    index = plan.bottom
     if view.knowledge == Knowledge.SEED and view.lora is not None:
         told = dict(view.lora)
         seed = int(str(told.pop("seed", 0)))
         add_lora(model, lora_config(model, plan, **told), seed=seed)  # type: ignore[arg-type]
     if view.knowledge == Knowledge.EXACT and view.adapter is not None:
         open_adapter(model, view.adapter)
-    return Bottom(model, plan.stack, index)
+    return model
 
 
 def _random(view: View) -> PreTrainedModel:
