@@ -2,7 +2,7 @@
 
 from splitfl.options.command import command
 from splitfl.options.console import explain, run_app
-from splitfl.options.file import plain_settings, read_config, to_toml
+from splitfl.options.file import load_table, plain_settings, read_config, read_part, to_toml
 from splitfl.options.records import Check, Panel, Settings, above, at_least, between, fields_of
 from splitfl.options.values import on_loopback, parse_address, parse_pairs, parse_shape, parse_size
 
@@ -16,6 +16,7 @@ __all__ = [
     "command",
     "explain",
     "fields_of",
+    "load_table",
     "on_loopback",
     "parse_address",
     "parse_pairs",
@@ -23,6 +24,7 @@ __all__ = [
     "parse_size",
     "plain_settings",
     "read_config",
+    "read_part",
     "run_app",
     "to_toml",
 ]

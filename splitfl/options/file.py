@@ -38,7 +38,7 @@ def read_config(
     Raises:
         UsageError: the file cannot be read, or holds a key that is unknown, given twice or of the wrong type.
     """
-    table: Any = _load(path)
+    table: Any = load_table(path)
     known = {name: field for field in fields_of(settings_class) for name in field.names}
     values: dict[str, Any] = {}
     for level in range(len(words) + 1):
@@ -101,7 +101,18 @@ def _kind_of(value: Any) -> str:
     return "a list" if isinstance(value, list) else WORDS.get(type(value), f"a {type(value).__name__}")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_part(path: Path, table: Mapping[Any, Any], settings_class: type[Settings]) -> dict[str, Any]:
+    """The values in one table of a file that `load_table` read; as for `read_config`, and errors likewise."""
+    known = {name: field for field in fields_of(settings_class) for name in field.names}
+    return _values(path, table, known, frozenset())
+
+
+def load_table(path: Path) -> dict[str, Any]:
+    """A TOML or YAML file as it is, nothing checked.
+
+    Raises:
+        UsageError: it cannot be read, or has another suffix.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
