@@ -62,6 +62,8 @@ class Sent:
     """[T, D] float32 at the upper cut, as it crossed."""
     returned: torch.Tensor | None = None
     """[T, D] float32 at the lower cut, as the owner answered."""
+    positions: torch.Tensor | None = None
+    """[T] int64 as the bottom counted them; None for 0 to T - 1, which they are unless rows are padded on the left."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
