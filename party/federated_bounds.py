@@ -21,8 +21,10 @@ from party.opening import say
 from party.round_files import Note, RoundFiles
 from party.rounds import RoundClient
 from party.rundir import RunDirectory
+from splitfl.aggregation.encrypted import EncryptedSealer
 from splitfl.aggregation.masks import MaskSealer
-from splitfl.aggregation.noise import NoisePlan, Noiser
+from splitfl.aggregation.noise import NoisePlan, space_of
+from splitfl.aggregation.noiser import Noiser
 from splitfl.aggregation.sums import Opened, RoundTerms, Sealer, Stage, Vector
 from splitfl.config import TuneSettings
 from splitfl.errors import DataError, UsageError, WireError
@@ -32,6 +34,10 @@ from splitfl.privacy.ledger import Release
 
 RECORD = "bounded-updates.json"
 _COHORTS = (3, 10, 100)
+_APART = (
+    ", and not the coordinator, which together with any one party reads each update under that party's share of the "
+    "noise alone"
+)
 
 
 class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -197,7 +203,8 @@ def promise_of_sum(settings: TuneSettings, sums: int, data: DataSet, run: str) -
         sums=sums,
         claim=f"noise on the sums: epsilon {epsilon:g}; delta {settings.sum_delta:g}; unit: one party, with all its "
         f"rows; neighbours: replace one; adversary: whoever sees the sums, with up to {colluders} of the other "
-        f"parties; up to {settings.sum_dropouts} dropouts a sum, sums with more are not opened; releases: {sums} "
+        f"parties{_APART if space_of(settings.sum).shared_key else ''}; up to "
+        f"{settings.sum_dropouts} dropouts a sum, sums with more are not opened; releases: {sums} "
         "sums, and every adapter made of them; not in it: scores on held-out rows",
         release=Release(
             release_id=f"sums:{run}", dataset=data.fingerprint, unit=data.unit, units=None, channel="adapter",
@@ -249,18 +256,20 @@ class SumNoiser:
         self.settings, self.noiser, self.sums = settings, Noiser(folder), sums
         self._told = ""
 
-    def sealed(self, made: Any, terms: RoundTerms, *arguments: Any) -> Sealer:
+    def sealed(self, made: Any, terms: RoundTerms, *arguments: Any, **options: Any) -> Sealer:
         """The sealer of one attempt.
 
         Args:
             made: `MaskSealer`, or one like it.
             terms: of the attempt.
             arguments: the others that it takes.
+            options: as well.
         """
-        plan = self.settings.sum_plan(terms, self.sums)
+        plan = self.settings.sum_plan(terms, self.sums, self.settings.sum)
         assert plan is not None  # noqa: S101
         self._tell(plan)
-        return _SameNoise(made(terms, *arguments, noise=plan, noiser=self.noiser, allow_two=True))
+        sealer = made(terms, *arguments, noise=plan, noiser=self.noiser, allow_two=True, **options)
+        return (_SameNoise if "agree" in sealer.stages else _SameEncryptedNoise)(sealer)
 
     def _tell(self, plan: NoisePlan) -> None:
         claim = plan.claim()
@@ -301,6 +310,12 @@ class _SameNoise:
 
     def open(self, result: bytes) -> Opened:
         return self._sealer.open(result)
+
+
+class _SameEncryptedNoise(_SameNoise):
+    """The same for sums that have fewer stages."""
+
+    stages: ClassVar[tuple[Stage, ...]] = EncryptedSealer.stages
 
 
 def _up(epsilon: float) -> float:

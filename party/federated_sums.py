@@ -113,7 +113,7 @@ def _sealers(
     sealer = getattr(_module(f"splitfl.aggregation.{module}"), name)
     if noiser is not None:
         noised = cache(noiser)  # one for all rounds
-        return sealer.stages, lambda terms: noised().sealed(sealer, terms, keys, identities)
+        return sealer.stages, lambda terms: noised().sealed(sealer, terms, keys, identities, **options)
     return sealer.stages, lambda terms: sealer(terms, keys, identities, **options)
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from splitfl.aggregation.sums import RoundTerms
 
 SUM_NOISE = Panel("Bound on what a sum reveals about one party: noise that the parties add together")
-_MASKED = ("mask", "mask+hidden")
 _PARTS = ("sum_norm", "sum_delta")
 
 
@@ -32,7 +31,10 @@ class SumNoise(Settings):
                         SUM_NOISE] = None  # fmt: skip
     sum_delta: Annotated[float | None, "Delta of the bound, for all sums together.", DELTA, SUM_NOISE] = None
     sum_colluders: Annotated[
-        int, "Parties that may work with the coordinator and take their noise off.", at_least(0), SUM_NOISE
+        int,
+        "Parties that may work together, with masks also with the coordinator, and take their noise off.",
+        at_least(0),
+        SUM_NOISE,
     ] = 0
     sum_dropouts: Annotated[int, "Parties that may be missing from a sum; with more it is not opened.",
                             at_least(0), SUM_NOISE] = 0  # fmt: skip
@@ -60,24 +62,23 @@ class SumNoise(Settings):
             raise UsageError(
                 "--sum-noise with --sum plain: each party adds only its share of the noise, and the coordinator reads "
                 "every update with that share alone.",
-                hint="use --sum mask or mask+hidden, or bound each update by itself with --dp-epsilon",
-            )
-        if sum_name not in _MASKED:
-            raise UsageError(
-                f"--sum-noise with --sum {sum_name}: noise is laid out for sums modulo 2^32, and an encrypted sum "
-                "counts modulo a number of its own.",
-                hint="use --sum mask+hidden, in which the coordinator does not see the sum either",
+                hint="use another sum, or bound each update by itself with --dp-epsilon",
             )
 
-    def sum_plan(self, terms: RoundTerms, sums: int) -> NoisePlan | None:
+    def sum_plan(self, terms: RoundTerms, sums: int, sum_name: str) -> NoisePlan | None:
         """The plan for a round with these terms, of a federation of so many sums; the same at everybody.
+
+        Args:
+            terms: of the round.
+            sums: how many are released.
+            sum_name: how they are summed.
 
         Raises:
             UsageError: as `splitfl.aggregation.noise.NoisePlan`.
         """
         if self.sum_noise is None:
             return None
-        from splitfl.aggregation.noise import plan_noise
+        from splitfl.aggregation.noise import plan_noise, space_of
 
         assert self.sum_norm is not None  # noqa: S101  `check_sum_noise` saw to it
         assert self.sum_delta is not None  # noqa: S101
@@ -89,6 +90,7 @@ class SumNoise(Settings):
             multiplier=self.sum_noise,
             colluders=self.sum_colluders,
             dropouts=self.sum_dropouts,
+            space=space_of(sum_name),
         )
 
 

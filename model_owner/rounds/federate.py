@@ -50,7 +50,7 @@ def federate(settings: FederateSettings, *, factory: SummerFactory | None = None
     """
     rule = round_rule(settings.rule, settings.sum)
     check_combination(rule, settings.sum, parties=settings.fewest, dp=settings.sum_noise is not None)
-    noise = partial(settings.sum_plan, sums=sums_in(rule, settings.rounds))
+    noise = partial(settings.sum_plan, sums=sums_in(rule, settings.rounds), sum_name=settings.sum)
     factory = factory or summer_factory(settings.sum, rule, settings.parties, noise)
     with _logging(settings.log_level):
         return asyncio.run(_federate(settings, rule, factory))

@@ -82,10 +82,10 @@ def _summer(name: SumName, terms: RoundTerms, parties: Path, noise: NoisePlan | 
     if name == "bfv":
         from splitfl.aggregation.bfv import BfvSummer
 
-        return BfvSummer(terms, identities)
+        return BfvSummer(terms, identities, noise=noise)
     from splitfl.aggregation.ckks import CkksSummer
 
-    return CkksSummer(terms, identities)
+    return CkksSummer(terms, identities, noise=noise)
 
 
 def _relay(terms: RoundTerms, updates: Mapping[str, bytes]) -> bytes:

@@ -36,6 +36,8 @@ from splitfl.aggregation.lattice import (
     seeds_size,
     words_size,
 )
+from splitfl.aggregation.noise import NoisePlan, space_of
+from splitfl.aggregation.noiser import Noiser
 from splitfl.aggregation.sealed import KEY, SIGNATURE, check_terms, signed, terms_digest, unsigned
 from splitfl.aggregation.sums import Opened, RoundTerms, Stage, Vector
 from splitfl.aggregation.tags import LIMBS, fits, tag
@@ -54,17 +56,26 @@ class Shape:
         terms: of the round.
         scheme: what is inside the ciphertexts.
         form: how they travel.
+        noise: what makes the sum differentially private.
 
     Raises:
-        UsageError: terms that cannot be.
+        UsageError: terms that cannot be; noise for other terms.
     """
 
     terms: RoundTerms
     scheme: Scheme
     form: Form
+    noise: NoisePlan | None = None
 
     def __post_init__(self) -> None:
         check_terms(self.terms)
+        if self.noise is not None:
+            self.noise.check(self.terms, space_of(self.scheme.name))
+
+    @property
+    def enough(self) -> int:
+        """Fewest parties in a sum, as far as the noise says."""
+        return self.noise.enough if self.noise is not None else 1
 
     @property
     def parties(self) -> int:
@@ -73,7 +84,9 @@ class Shape:
 
     @cached_property
     def grid(self) -> Grid:
-        """Where the values of an update may lie: as fine as the scheme allows for a full sum."""
+        """Where the values of an update may lie: as fine as the scheme allows for a full sum and the noise on it."""
+        if self.noise is not None:
+            return self.noise.grid(self.terms.max_weight)
         whole = min(self.scheme.largest, self.parties * self.scheme.finest)
         return Grid(clip=self.terms.clip, parties=self.parties, max_weight=self.terms.max_weight, modulus=2 * whole + 1)
 
@@ -105,8 +118,9 @@ class Shape:
     @cached_property
     def binding(self) -> bytes:
         """32 bytes that go into every key and signature of the attempt."""
-        parameters = f"{self.scheme.name} {self.form} 8192 60+60 {PLAIN_MODULUS} {self.grid.levels}"
-        return terms_digest(self.terms, b"splitfl encrypted sum 1", parameters.encode("ascii"))
+        parameters = f"{self.scheme.name} {self.form} 8192 60+60 {PLAIN_MODULUS} {self.grid.levels}".encode("ascii")
+        noise = [self.noise.descriptor()] if self.noise is not None else []
+        return terms_digest(self.terms, b"splitfl encrypted sum 1", parameters, *noise)
 
 
 class EncryptedSealer:
@@ -119,9 +133,11 @@ class EncryptedSealer:
         form: what travels: ``seeded`` is half as long; ``public`` opens in the same time for any number of parties.
         worker: the process that encrypts and opens; without one, each call starts its own and ends it.
         allow_two: take part in sums of two, where each can tell the other's; only if the updates carry noise.
+        noise: of which this party adds its share; the same at all parties and the coordinator.
+        noiser: keeps the noised update between the attempts of a round; needed where `noise` is given.
 
     Raises:
-        UsageError: terms that cannot be, or this party is not in them.
+        UsageError: terms that cannot be, this party is not in them, or noise for other terms.
     """
 
     stages: ClassVar[tuple[Stage, ...]] = ("advertise", "share", "submit")
@@ -136,15 +152,20 @@ class EncryptedSealer:
         form: Form = "seeded",
         worker: Worker | None = None,
         allow_two: bool = False,
+        noise: NoisePlan | None = None,
+        noiser: Noiser | None = None,
     ) -> None:
-        self._shape = Shape(terms, self.scheme, form)
+        self._shape = Shape(terms, self.scheme, form, noise)
+        if noise is not None and noiser is None:
+            raise UsageError("Noise without a place to keep it.", expected="a Noiser that outlives the attempt")
+        self._noiser = noiser
         self._party = keys.public.decode("ascii")
         if self._party not in terms.parties:
             raise UsageError("This party's key is not among those of the round.", expected="a party of the round")
         self._identity = signing_key(keys)
         self._agreement = KeyAgreement(self._shape.binding, keys, identities, terms.parties)
         self._worker = worker
-        self._fewest = 2 if allow_two else FEWEST
+        self._fewest = max(2 if allow_two else FEWEST, self._shape.enough)
         self._secret: GroupSecret | None = None
         self._submitted = b""
         self._result = b""
@@ -173,11 +194,21 @@ class EncryptedSealer:
         if self._submitted:
             return self._submitted
         shape = self._shape
+        if self._noiser is not None and self._noiser.was_opened(shape.terms):
+            raise WireError(
+                "A sum of this round was opened in an earlier attempt; with the same noise on another one, the "
+                "difference could show single updates.",
+                hint="the round is dropped here",
+            )
         check_vector(vector, shape.terms.length)
         self._need(len(shares) + 1)
         secret = self._agreement.secret(adverts, shares)
         values = np.empty(shape.values, dtype=np.int32)
-        update = shape.grid.encode(vector, weight, out=values[:-LIMBS])
+        update = values[:-LIMBS]
+        if shape.noise is None or self._noiser is None:
+            shape.grid.encode(vector, weight, update)
+        else:
+            self._noiser.encode(shape.terms, shape.grid, shape.noise, vector, weight, update)
         values[-LIMBS:] = tag(secret.tags, self._party, update)
         with self._working() as worker:
             blob = worker.encrypt(self.scheme, shape.form, secret.key, values)
@@ -210,6 +241,8 @@ class EncryptedSealer:
         # From here on the key is used on it. What does not open must not be tried in variations.
         self._result = told
         shape = self._shape
+        if self._noiser is not None:
+            self._noiser.note_opened(shape.terms, survivors)
         with self._working() as worker:
             sums = worker.open(self.scheme, shape.form, self._secret.key, shape.values, seeds, words)
         update, limbs = sums[:-LIMBS], sums[-LIMBS:]
@@ -243,7 +276,7 @@ class EncryptedSealer:
         if parties < self._fewest:
             raise WireError(
                 f"The round has {parties} parties in its sum.",
-                expected=f"at least {self._fewest}: fewer could work out each other's updates",
+                expected=f"at least {self._fewest}: with fewer a sum tells too much about each of them",
                 hint="wait for more parties, or add noise to the updates",
             )
 
@@ -277,16 +310,24 @@ class EncryptedSummer:
         identities: signing keys of the parties of the round, by public key; None where the channel alone vouches for
             who sent what. Parties do not rely on it: the tags in the sum tell them who is in it.
         form: as the parties have it.
+        noise: as the parties have it.
 
     Raises:
-        UsageError: terms that cannot be.
+        UsageError: terms that cannot be, or noise for other terms.
     """
 
     opens: ClassVar[bool] = False
     scheme: ClassVar[Scheme]
 
-    def __init__(self, terms: RoundTerms, identities: Identities | None, *, form: Form = "seeded") -> None:
-        self._shape = Shape(terms, self.scheme, form)
+    def __init__(
+        self,
+        terms: RoundTerms,
+        identities: Identities | None,
+        *,
+        form: Form = "seeded",
+        noise: NoisePlan | None = None,
+    ) -> None:
+        self._shape = Shape(terms, self.scheme, form, noise)
         self._identities = identities
         self._sum = RunningSum(self.scheme.blocks(self._shape.values), form)
         self._seeds: dict[str, bytes] = {}
@@ -327,11 +368,15 @@ class EncryptedSummer:
         """See `sums.Summer`; needs no `reveals`.
 
         Raises:
-            WireError: there is no update in the sum.
+            WireError: there is no update in the sum, or there are fewer than the noise on it was planned for.
         """
         survivors = self.survivors
-        if not survivors:
-            raise WireError("No update came in.", expected="at least one", hint="begin a new attempt")
+        if len(survivors) < self._shape.enough:
+            raise WireError(
+                f"{len(survivors) or 'No'} update{'s' * (len(survivors) > 1)} came in.",
+                expected=f"at least {self._shape.enough}",
+                hint="begin a new attempt",
+            )
         roll = sum(1 << place for place, party in enumerate(self._shape.terms.parties) if party in self._seeds)
         head = self._shape.binding + roll.to_bytes(self._shape.roll, "little")
         return b"".join([head, *(self._seeds[party] for party in survivors), self._sum.words()])

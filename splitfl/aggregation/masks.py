@@ -44,7 +44,8 @@ from splitfl.aggregation.mask_blobs import (
     share_bound,
     threshold,
 )
-from splitfl.aggregation.noise import NoisePlan, Noiser, grid_for
+from splitfl.aggregation.noise import NoisePlan, grid_for
+from splitfl.aggregation.noiser import Noiser
 from splitfl.aggregation.sealed import (
     KEY,
     SIGNATURE,
@@ -223,6 +224,8 @@ class MaskSealer:
         if self._reveal:
             return self._reveal
         self._check_agreements(agreements)
+        if self._noiser is not None:
+            self._noiser.note_opened(self.terms, chosen)
         shares = {}
         for party in self._cohort:
             start = 0 if party in chosen else SHARE

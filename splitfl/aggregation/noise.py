@@ -6,7 +6,13 @@ noise on the sum is at least sigma_total. With all n there it is sqrt(n / h) tim
 
 **Dropouts**: a party opens a sum only over at least n - k survivors (`NoisePlan.enough`); with fewer the round is
 dropped, and the next attempt carries the same noised updates, because fresh noise would be a second release.
-**Colluding parties**: up to c, whatever they send; beyond c the figure printed does not hold.
+**Colluding parties**: up to c, whatever they send; beyond c the figure printed does not hold. Masks hold against them
+and the coordinator together. Where the parties share a key (`Space.shared_key`) that is so without the coordinator
+only: with one party it reads each update, on which there is one party's share and no more; `NoisePlan.epsilon_alone` is
+the bound that this share gives by itself.
+**One sum a round**: two sums of one round over different parties carry the same noise, and their difference is the
+updates of those who are in one of them, with their shares alone. `splitfl.aggregation.noiser` sees to it that a party
+helps to open one.
 
 What is released is q + Z with q a whole-numbered vector and Z a discrete Gaussian (`splitfl.aggregation.wide_noise`).
 It is at least as private as a continuous Gaussian with variance sigma^2 - b^2, b = `_BLUR` steps: drawing a whole
@@ -23,20 +29,15 @@ step * sqrt(d) is added.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from splitfl.aggregation.grid import EXTRA, SMALLEST_LEVELS, Grid, Whole
-from splitfl.aggregation.sealed import digest
-from splitfl.aggregation.sums import RoundTerms, Vector
-from splitfl.aggregation.wide_noise import draw
-from splitfl.errors import DataError, ResourceError, UsageError
+from splitfl.aggregation.grid import SMALLEST_LEVELS, Grid
+from splitfl.aggregation.lattice import SCHEMES
+from splitfl.aggregation.sums import RoundTerms
+from splitfl.errors import UsageError
 from splitfl.privacy.calibration import gaussian_epsilon, gaussian_sigma
 
 Unit = Literal["party", "record"]
@@ -46,6 +47,30 @@ _BLUR = 4.0
 _TAILS = 12.0  # sigmas kept free on the grid: a value beyond them, about 1 in 10^32, would wrap
 _FINEST = 64.0  # steps that the noise of one party must be wide at least, for the closeness above
 _HALF = (2**32 - 1) // 2
+
+
+@dataclass(frozen=True)
+class Space:
+    """The whole numbers that a way of summing has room for."""
+
+    name: str
+    largest: int = _HALF
+    """Largest magnitude of a sum."""
+    finest: int = _HALF
+    """Most steps between 0 and the clip."""
+    shared_key: bool = False
+    """Whether every party could read every update, if the coordinator gave it away."""
+
+
+MASKED = Space("mask")
+_ENCRYPTED: dict[str, Space] = {
+    name: Space(name, scheme.largest, scheme.finest, shared_key=True) for name, scheme in SCHEMES.items()
+}
+
+
+def space_of(sum_name: str) -> Space:
+    """Where a way of summing counts, by its name."""
+    return _ENCRYPTED.get(sum_name, MASKED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +84,7 @@ class NoisePlan:
     parties: int
     """n, how many parties the round's terms name."""
     colluders: int
-    """c, how many of them may work with the coordinator."""
+    """c, how many of them may work together: with the coordinator as well, unless the parties share a key."""
     dropouts: int
     """k, how many may be missing from the sum."""
     norm: float
@@ -76,6 +101,7 @@ class NoisePlan:
     """d, values in one update, as in the terms."""
     unit: Unit = "party"
     neighbours: Neighbours = "replace one"
+    space: Space = MASKED
 
     def __post_init__(self) -> None:
         counts = (self.parties, self.rounds, self.length)
@@ -116,33 +142,47 @@ class NoisePlan:
         return 2 if self.neighbours == "replace one" else 1
 
     @cached_property
-    def _fitted(self) -> tuple[int, float]:
-        """Steps kept free for noise, and one party's sigma in steps.
+    def _fitted(self) -> tuple[int, int, float]:
+        """Steps between 0 and the clip, steps kept free for noise, and one party's sigma in steps.
 
-        The ring holds n updates and `_TAILS` sigmas of all parties' noise:
+        A sum holds n updates and `_TAILS` sigmas of all parties' noise:
 
-            half = n clip / step + tails sqrt(n / h) (multiplier sensitivity(step) / step + blur)
+            largest = n clip / step + tails sqrt(n / h) (multiplier sensitivity(step) / step + blur)
 
-        in which sensitivity is linear in the step, so that the smallest step follows directly.
+        in which sensitivity is linear in the step, so that the smallest step follows directly. Where a way of summing
+        has a finest step that is wider, that one is taken, and what is kept free is what it needs.
         """
         tails = _TAILS * math.sqrt(self.parties / self.honest)
         per_step = self._sensitivity(1.0) - self._sensitivity(0.0)
-        steps = _HALF - tails * (self.multiplier * per_step + _BLUR)
+        steps = self.space.largest - tails * (self.multiplier * per_step + _BLUR)
         wide = self.parties * self.clip + tails * self.multiplier * self._sensitivity(0.0)
         levels = int(self.clip * steps / wide * (1 - 1e-9)) if 0 < wide < math.inf else 0
         if levels < SMALLEST_LEVELS:
             raise UsageError(
-                "So much noise does not fit into sums modulo 2^32.",
+                f"So much noise does not fit into sums of magnitudes up to {self.space.largest} ({self.space.name}).",
                 expected="noise that leaves room for the updates",
-                hint="a smaller multiplier or norm, or a larger clip",
+                hint="a smaller multiplier or norm, or a larger clip"
+                + (", or a sum with masks, which has more room" if self.space.largest < _HALF else ""),
             )
-        reserve = _HALF - self.parties * levels
-        step = self._grid(reserve).step
-        total = self.multiplier * self._sensitivity(step) / step
-        return reserve, math.sqrt((total * total + _BLUR * _BLUR) / self.honest)
+        reserve = self.space.largest - self.parties * levels
+        if levels > self.space.finest:
+            levels = self.space.finest
+            reserve = math.ceil(tails * (self._total(levels) + _BLUR))
+        total = self._total(levels)
+        return levels, reserve, math.sqrt((total * total + _BLUR * _BLUR) / self.honest)
 
-    def _grid(self, reserve: int) -> Grid:
-        return Grid(clip=self.clip, parties=self.parties, max_weight=1.0, reserve=reserve)
+    def _total(self, levels: int) -> float:
+        """Noise that the sum has to have, in steps."""
+        step = self.clip / levels
+        return self.multiplier * self._sensitivity(step) / step
+
+    def grid(self, max_weight: float = 1.0) -> Grid:
+        """Room for an update of each party, and for the noise."""
+        levels, reserve, _ = self._fitted
+        return Grid(
+            clip=self.clip, parties=self.parties, max_weight=max_weight, reserve=reserve,
+            modulus=2 * (self.parties * levels + reserve) + 1,
+        )  # fmt: skip
 
     def _sensitivity(self, step: float) -> float:
         return self._factor * self.norm + step * math.sqrt(self.length) * (1 + 2.0**-15)
@@ -150,17 +190,17 @@ class NoisePlan:
     @property
     def reserve(self) -> int:
         """Steps of the grid that are kept free for the noise."""
-        return self._fitted[0]
+        return self._fitted[1]
 
     @property
     def sigma(self) -> float:
         """Standard deviation of the noise that one party adds to each value, in steps."""
-        return self._fitted[1]
+        return self._fitted[2]
 
     @cached_property
     def step(self) -> float:
         """Width of one step, in the unit of the values."""
-        return self._grid(self.reserve).step
+        return self.clip / self._fitted[0]
 
     @cached_property
     def sensitivity(self) -> float:
@@ -173,34 +213,51 @@ class NoisePlan:
         return self.sigma * self.step * math.sqrt(self.honest)
 
     def epsilon(self, rounds: int | None = None) -> float:
-        """For so many rounds, or all that are planned."""
-        released = math.sqrt(self.sigma**2 * self.honest - _BLUR * _BLUR) * self.step
-        return gaussian_epsilon(
-            self.delta, sensitivity=self.sensitivity, sigma=released, releases=self.rounds if rounds is None else rounds
-        )
+        """Of so many sums, or of all that are planned."""
+        return self._epsilon(self.honest, self.rounds if rounds is None else rounds)
+
+    def epsilon_alone(self) -> float:
+        """Of as many updates of one party, each under that party's share of the noise alone."""
+        return self._epsilon(1, self.rounds)
+
+    def _epsilon(self, shares: int, releases: int) -> float:
+        released = math.sqrt(self.sigma**2 * shares - _BLUR * _BLUR) * self.step
+        return gaussian_epsilon(self.delta, sensitivity=self.sensitivity, sigma=released, releases=releases)
 
     def claim(self) -> str:
         """The whole claim in one line: epsilon, delta, unit, relation, adversary, releases."""
         return (
-            f"epsilon {math.ceil(self.epsilon() * 1000) / 1000:g} at delta {self.delta:g} for {self.rounds} sums; "
+            f"epsilon {_up(self.epsilon())} at delta {self.delta:g} for {self.rounds} sums; "
             f"unit: one {self.unit}; neighbours: {self.neighbours}; adversary: whoever sees the sums, with up to "
-            f"{self.colluders} of the {self.parties} parties; up to {self.dropouts} dropouts a round, sums with more "
-            f"are not opened; sensitivity {self.sensitivity:.4g}, noise on the sum at least {self.smallest_noise:.4g} "
-            "a value" + ("" if self.unit == "party" else "; as far as each record's part was clipped to the norm")
+            f"{self.colluders} of the {self.parties} parties{self._apart()}; up to {self.dropouts} dropouts a round, "
+            f"sums with more are not opened; sensitivity {self.sensitivity:.4g}, noise on the sum at least "
+            f"{self.smallest_noise:.4g} a value"
+            + ("" if self.unit == "party" else "; as far as each record's part was clipped to the norm")
+        )
+
+    def _apart(self) -> str:
+        if not self.space.shared_key:
+            return ""
+        return (
+            " but without the coordinator (which with any party reads each update, under one share of the noise: "
+            f"epsilon {_up(self.epsilon_alone())})"
         )
 
     def descriptor(self) -> bytes:
         """Bytes that stand for the plan; part of what the parties of a round agree on."""
         counts = struct.pack("<6Q", self.parties, self.colluders, self.dropouts, self.rounds, self.length, self._factor)
         figures = struct.pack("<4d", self.norm, self.multiplier, self.delta, self.clip)
-        return b"noise 1\0" + counts + figures + self.unit.encode("ascii")
+        where = b"" if self.space == MASKED else b" " + self.space.name.encode("ascii")
+        return b"noise 1\0" + counts + figures + self.unit.encode("ascii") + where
 
-    def check(self, terms: RoundTerms) -> None:
+    def check(self, terms: RoundTerms, space: Space = MASKED) -> None:
         """Refuse the terms of a round that this was not planned for.
 
         Raises:
-            UsageError: other parties, length or clip, or more rounds than were planned.
+            UsageError: another way of summing, other parties, length or clip, or more rounds than were planned.
         """
+        if space != self.space:
+            raise UsageError(f"Noise was planned for sums of {self.space.name}, and this is one of {space.name}.")
         planned, found = (self.parties, self.length, self.clip), (len(terms.parties), terms.length, terms.clip)
         if planned != found:
             raise UsageError(
@@ -226,6 +283,7 @@ def plan_noise(
     dropouts: int = 0,
     unit: Unit = "party",
     neighbours: Neighbours = "replace one",
+    space: Space = MASKED,
 ) -> NoisePlan:
     """The plan for rounds with these terms, from an epsilon for all rounds or from a multiplier.
 
@@ -239,96 +297,16 @@ def plan_noise(
     return NoisePlan(
         parties=len(terms.parties), colluders=colluders, dropouts=dropouts, norm=norm, multiplier=multiplier or 0.0,
         rounds=rounds, delta=delta, clip=terms.clip, length=terms.length, unit=unit, neighbours=neighbours,
+        space=space,
     )  # fmt: skip
 
 
 def grid_for(terms: RoundTerms, noise: NoisePlan | None) -> Grid:
-    """The grid of a round: room for one update of each party, and for the noise."""
-    return Grid(
-        clip=terms.clip,
-        parties=len(terms.parties),
-        max_weight=terms.max_weight,
-        reserve=noise.reserve if noise is not None else 0,
-    )
+    """The grid of a round that is summed modulo 2^32: room for one update of each party, and for the noise."""
+    if noise is not None:
+        return noise.grid(terms.max_weight)
+    return Grid(clip=terms.clip, parties=len(terms.parties), max_weight=terms.max_weight)
 
 
-class Noiser:
-    """Encodes and noises a party's update once a round, and gives the same numbers to each further attempt.
-
-    Args:
-        folder: where the noised update of the latest round is kept, in files of mode 0600; made if it is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def encode(self, terms: RoundTerms, grid: Grid, plan: NoisePlan, vector: Vector, weight: float, out: Whole) -> None:
-        """The noised update on the grid, into `out` (int32 [d + EXTRA]).
-
-        Raises:
-            DataError: values that cannot be sent; a weight other than the largest, which would tell how much data there
-                is; another update in the same round.
-            ResourceError: it cannot be kept.
-        """
-        if weight != terms.max_weight:
-            raise DataError(
-                f"With noise, a weight of {weight:g} would itself say something about the data.",
-                expected=f"the largest weight, {terms.max_weight:g}, at every party",
-            )
-        federation = digest(terms.federation.encode("utf-8")).hex()[:16]
-        path = self._folder / f"noised-{federation}-{terms.round}"
-        stamp = digest(terms.layout.encode("utf-8"), plan.descriptor(), struct.pack("<d", weight), vector.tobytes())
-        if self._load(path, stamp, out):
-            return
-        grid.encode(_shortened(vector, plan.norm) if plan.unit == "party" else vector, weight, out)
-        values = out[:-EXTRA].view(np.uint32)
-        values += draw(plan.sigma, len(values)).astype(np.uint32)  # modulo 2^32
-        self._keep(path, stamp, out)
-        for other in self._folder.glob(f"noised-{federation}-*"):
-            if other != path:
-                other.unlink(missing_ok=True)
-
-    def _load(self, path: Path, stamp: bytes, out: Whole) -> bool:
-        try:
-            found = path.read_bytes()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise ResourceError(f"The noised update {path} cannot be read: {error.strerror}.") from error
-        if found[: len(stamp)] != stamp or len(found) != len(stamp) + out.nbytes:
-            raise DataError(
-                "Another update was noised in this round already; a second one would be a second release.",
-                expected="the same update at every attempt of a round",
-                hint="keep the update until the round is over",
-            )
-        out[:] = np.frombuffer(found, dtype="<i4", offset=len(stamp))
-        return True
-
-    def _keep(self, path: Path, stamp: bytes, out: Whole) -> None:
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(stamp)
-                file.write(out.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise ResourceError(f"The noised update cannot be kept in {path.parent}: {error.strerror}.") from error
-
-
-def _shortened(vector: Vector, norm: float) -> Vector:
-    """`vector`, scaled down to an L2 norm of at most `norm`."""
-    squares = (np.dot(part, part) for part in _pieces(vector))
-    length = math.sqrt(float(sum(squares)))
-    if not math.isfinite(length):
-        raise DataError("The update holds a value that is not finite.", expected="finite values only")
-    # a little below: scaling in float32 rounds each value by up to 2^-24 of itself
-    return vector if length <= norm * (1 - 1e-6) else vector * np.float32(norm * (1 - 1e-6) / length)
-
-
-def _pieces(vector: Vector) -> list[np.ndarray]:
-    size = 1 << 20
-    return [vector[start : start + size].astype(np.float64) for start in range(0, len(vector), size)]
+def _up(epsilon: float) -> str:
+    return f"{math.ceil(epsilon * 1000) / 1000:g}"

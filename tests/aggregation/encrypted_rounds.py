@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from splitfl.aggregation.encrypted import EncryptedSealer, EncryptedSummer
 from splitfl.aggregation.he_worker import Worker
 from splitfl.aggregation.identity import Identities, signing_key
 from splitfl.aggregation.lattice import Form
+from splitfl.aggregation.noise import NoisePlan
+from splitfl.aggregation.noiser import Noiser
 from splitfl.aggregation.sums import RoundTerms, Vector
 from splitfl.wire.channel import curve_keypair
 from splitfl.wire.keys import KeyPair
@@ -61,18 +65,23 @@ class Round:
     form: Form = "seeded"
     changes: dict[str, object] = field(default_factory=dict)
     allow_two: bool = False
+    plan: Callable[[RoundTerms], NoisePlan] | None = None
+    """Of the noise on the sum; with a folder for what each party keeps of it."""
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.terms = terms_of(self.pairs, **self.changes)
         self.identities = identities_of(self.pairs)
         sealer, summer = CLASSES[self.scheme]
+        noise = self.plan(self.terms) if self.plan is not None else None
         self.sealers = {
             keys.public.decode(): sealer(
-                self.terms, keys, self.identities, form=self.form, worker=self.worker, allow_two=self.allow_two
+                self.terms, keys, self.identities, form=self.form, worker=self.worker, allow_two=self.allow_two,
+                noise=noise, noiser=None if self.folder is None else Noiser(self.folder / str(place)),
             )
-            for keys in self.pairs
-        }
-        self.summer = summer(self.terms, self.identities, form=self.form)
+            for place, keys in enumerate(self.pairs)
+        }  # fmt: skip
+        self.summer = summer(self.terms, self.identities, form=self.form, noise=noise)
         self.messages: list[bytes] = []
         self.adverts: dict[str, bytes] = {}
         self.shares: dict[str, dict[str, bytes]] = {}

@@ -17,7 +17,8 @@ from scipy import stats
 from splitfl.aggregation.hidden import HiddenSealer, HiddenSummer
 from splitfl.aggregation.mask_sums import MaskSummer
 from splitfl.aggregation.masks import MaskSealer
-from splitfl.aggregation.noise import Noiser, grid_for, plan_noise
+from splitfl.aggregation.noise import grid_for, plan_noise
+from splitfl.aggregation.noiser import Noiser
 from splitfl.aggregation.wide_noise import draw, parts
 from splitfl.errors import DataError, UsageError, WireError
 from splitfl.privacy.discrete import LARGEST_SIGMA
@@ -83,7 +84,7 @@ def test_with_dropouts_and_colluders_exactly_the_promised_noise_is_left(tmp_path
     vectors = [np.zeros(D, dtype=np.float32)] * 7
     what = round_of(terms, plan, tmp_path).run(vectors, [1000.0] * 7, {"submit": [1, 6]})
     noise = noise_seen(what, vectors)
-    (kept,) = (tmp_path / "0").iterdir()
+    (kept,) = (tmp_path / "0").glob("noised-*")
     own = np.frombuffer(kept.read_bytes(), dtype="<i4", offset=32)[:D] * plan.step
     left = noise - own
     assert within(left.std(), plan.smallest_noise, D)
@@ -137,7 +138,21 @@ def test_another_attempt_carries_the_same_noise(tmp_path):
     assert first.result != second.result
     third = round_of(dataclasses.replace(terms, round=1), plan, tmp_path).run(vectors, [1000.0] * 3)
     assert not np.array_equal(opened_by_a_survivor(first).mean, opened_by_a_survivor(third).mean)
-    assert len(list((tmp_path / "0").iterdir())) == 1  # the older round's is gone
+    assert sorted(path.name[:6] for path in (tmp_path / "0").iterdir()) == ["noised", "opened"]  # no older round's
+
+
+def test_a_sum_over_other_parties_is_not_opened_in_a_round_that_had_one(tmp_path):
+    """Both would carry the same noise: their difference is one party's update with its own share alone."""
+    terms, vectors, weights = terms_of(4, 200), [np.zeros(200, dtype=np.float32)] * 4, [1000.0] * 4
+    plan = plan_of(terms, dropouts=1)
+    first = round_of(terms, plan, tmp_path).run(vectors, weights)
+    again = round_of(dataclasses.replace(terms, attempt=1), plan, tmp_path)
+    with pytest.raises(WireError, match="sum over other parties was opened"):
+        again.run(vectors, weights, {"submit": [3]})
+    same = round_of(dataclasses.replace(terms, attempt=2), plan, tmp_path).run(vectors, weights)
+    np.testing.assert_array_equal(opened_by_a_survivor(first).mean, opened_by_a_survivor(same).mean)
+    later = round_of(dataclasses.replace(terms, round=1), plan, tmp_path).run(vectors, weights, {"submit": [3]})
+    assert opened_by_a_survivor(later).parties == 3
 
 
 def test_another_update_in_the_same_round_is_refused(tmp_path):
@@ -154,7 +169,7 @@ def test_what_is_kept_can_be_read_by_its_owner_alone_and_is_not_named_by_a_peer(
     terms = terms_of(3, 200, federation="../../etc")
     plan = plan_of(terms)
     round_of(terms, plan, tmp_path / "deep").run([np.zeros(200, dtype=np.float32)] * 3, [1000.0] * 3)
-    (kept,) = (tmp_path / "deep" / "0").iterdir()
+    (kept,) = (tmp_path / "deep" / "0").glob("noised-*")
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     kept.write_bytes(kept.read_bytes()[:-1])
     with pytest.raises(DataError):

@@ -223,7 +223,7 @@ def test_an_attempt_of_other_parties_is_sat_out_and_not_noised_again(tmp_path):
         }
         from splitfl.aggregation.mask_sums import MaskSummer
 
-        plan = settings.sum_plan(terms, 3)
+        plan = settings.sum_plan(terms, 3, "mask")
         return Round(members, MaskSummer(terms, identities(len(terms.parties)), noise=plan, allow_two=True))
 
     vectors = [np.zeros(50, np.float32)] * 4

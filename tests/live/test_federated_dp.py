@@ -139,16 +139,18 @@ def test_a_killed_party_goes_on_and_spends_once(tiny_llama, tmp_path):
 # ---- noise on the sum
 
 
-def test_the_parties_noise_a_sum_together(tiny_llama, tmp_path):
+@pytest.mark.parametrize("sum_name", ["mask+hidden", "bfv"])
+def test_the_parties_noise_a_sum_together(tiny_llama, tmp_path, sum_name):
     noise = [word for name, value in SUM_NOISE.items() for word in (f"--{name}", value)]
     said = finished(
-        tiny_llama, tmp_path, ["--sum", "mask+hidden", "--rule", "ffa", *noise], 3, sum="mask+hidden", rule="ffa",
+        tiny_llama, tmp_path, ["--sum", sum_name, "--rule", "ffa", *noise], 3, sum=sum_name, rule="ffa",
         **SUM_NOISE, **{"dp-rounds": 2},
     )["clinic"]  # fmt: skip
     assert "unit: one party" in said
     assert "up to 1 dropouts" in said
     assert "with 10 parties or fewer such a mean is noise" in said
     assert "bound on the sums with 3 parties: epsilon" in said
+    assert ("not the coordinator" in said) == (sum_name == "bfv")
     [entry] = booked(tmp_path / "clinic.sqlite")
     assert entry["rho"] == pytest.approx(2 / (2 * 0.8**2))
     adapters = [load_file(tmp_path / f"run-{name}" / "last" / "adapter_model.safetensors") for name in PARTIES]
