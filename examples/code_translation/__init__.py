@@ -1,0 +1,1 @@
+"""Java to C# between three parties that show each other no code."""
