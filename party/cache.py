@@ -266,7 +266,7 @@ def fill(
             inputs.pop("labels", None)
             inputs.pop("row", None)
             sender.batch, sender.mask = batch, inputs["attention_mask"]
-            sender.rows = BatchRows(dataset=cache.key.dataset, rows=tuple(rows))
+            sender.rows = guard.batch = BatchRows(dataset=cache.key.dataset, rows=tuple(rows))
             try:
                 with torch.no_grad():
                     model(**{name: tensor.to(device) for name, tensor in inputs.items()})

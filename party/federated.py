@@ -161,6 +161,8 @@ class Participant:
         began = time.monotonic()
         course = self._course(task.round)
         state = self._state(task)
+        if self.place.recorder is not None:
+            self.place.recorder.round_begins(client.link, course.number, course.round, course.step, state)
         if not task.kept and task.reason:
             say(f"the round before was dropped: {task.reason}")
         if task.saved is None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -27,6 +27,9 @@ from splitfl.privacy import calibration
 from splitfl.privacy.ledger import Ledger
 from splitfl.rows import Rows, fingerprint
 from splitfl.wire.codecs import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from party.recording import Recorder
 
 _DELTA = 1e-6  # of a claim made from --sigma alone
 
@@ -201,8 +204,8 @@ def open_book(settings: TuneSettings, run: str, datasets: Mapping[str, DataSet])
 # ---- the session
 
 
-def connect(settings: TuneSettings, kit: Kit, protection: Protection) -> Session:
-    """Open the session that the settings describe."""
+def connect(settings: TuneSettings, kit: Kit, protection: Protection, recorder: Recorder | None = None) -> Session:
+    """Open the session that the settings describe; a recorder sees every message of it."""
     compute = resolve_dtype(kit, settings.dtype)
     assert settings.owner is not None  # noqa: S101  the settings saw to it
     session = open_session(
@@ -217,6 +220,7 @@ def connect(settings: TuneSettings, kit: Kit, protection: Protection) -> Session
         hidden_coding=protection.hidden_coding,
         gradient_coding=protection.gradient_coding,
         timeout_s=settings.timeout,
+        **({} if recorder is None else {"tap": recorder.tap}),
     )
     codings = {protection.hidden_coding, protection.gradient_coding} - {"raw"}
     coded = f", coded as {', '.join(sorted(codings))}" if codings else ""
@@ -227,13 +231,13 @@ def connect(settings: TuneSettings, kit: Kit, protection: Protection) -> Session
 
 def guarded(
     settings: TuneSettings, session: Session, protection: Protection, book: Book | None,
-    on_probe: Callable[[dict[str, object]], None] | None = None,
+    on_probe: Callable[[dict[str, object]], None] | None = None, recorder: Recorder | None = None,
 ) -> Guard:  # fmt: skip
-    """Mechanisms and book in front of a check of the owner, in front of the session."""
-    link: TrunkLink = session
+    """Mechanisms and book in front of a check of the owner, in front of the session; a recorder sees what goes out."""
+    link: TrunkLink = session if recorder is None else recorder.watching(session)
     if settings.probe_every:
         link = HonestyProbe(
-            session,
+            link,
             every=settings.probe_every,
             dtype=_coarser(session),
             encode=coder(protection),

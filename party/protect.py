@@ -13,7 +13,7 @@ sent, do depend on other rows. So only rows that pass a frozen bottom, with no g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol as Shape
 
 import torch
@@ -234,6 +234,23 @@ class BatchRows:
     """Classes [B], where a mechanism needs them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outgoing(TrunkRequest):
+    """A request as a guard lets it go. Copies of it, such as an owner check makes, do not say so of themselves."""
+
+    made_of: BatchRows | None = field(init=False, default=None)
+    """The rows that it was made of, where whoever made the batch said so."""
+    is_of_rows: bool = field(init=False, default=False)
+
+    @classmethod
+    def of(cls, request: TrunkRequest, batch: BatchRows | None) -> Outgoing:
+        """`request`, made of a batch of rows."""
+        made = cls(**{each.name: getattr(request, each.name) for each in fields(request)})
+        object.__setattr__(made, "made_of", batch)
+        object.__setattr__(made, "is_of_rows", True)
+        return made
+
+
 class HasBatch(Shape):
     """Where a `RowTracker` leaves its word."""
 
@@ -274,7 +291,8 @@ class Guard:
 
     def outgoing(self, request: TrunkRequest, sent: torch.Tensor | Coded) -> TrunkRequest:
         """The request as it leaves: with what was made of its hidden state, and without what shall not be told."""
-        return replace(request, hidden=sent, mask=None if self.protection.hide_lengths else request.mask)
+        shown = None if self.protection.hide_lengths else request.mask
+        return Outgoing.of(replace(request, hidden=sent, mask=shown), self.batch)
 
     def backward(self, step: int, gradient: torch.Tensor | Coded) -> torch.Tensor:
         """See `splitfl.link.TrunkLink`."""

@@ -51,6 +51,8 @@ class RoundLink:
         self.socket, self.facts, self.rows, self.timeout_s = socket, facts, rows, timeout_s
         self.session = secrets.randbits(62)
         self._requests, self._piece_bytes = 0, wire.PIECE_BYTES
+        self.on_put: Callable[[PutItem, bytes], None] | None = None
+        """Sees each blob that is handed over; for recordings."""
 
     def open(self) -> Entered:
         """Reach the coordinator and enter.
@@ -160,6 +162,8 @@ class RoundLink:
         Raises:
             RefusedError, UnreachableError, WireError: as for `ask`.
         """
+        if self.on_put is not None:
+            self.on_put(item, blob)
         view, total, digest = memoryview(blob), len(blob), wire.digest_of(blob)
         under_way: deque[tuple[FromParty, list[wire.Frame]]] = deque()
         acknowledged = sent = 0

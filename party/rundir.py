@@ -4,6 +4,7 @@ config.toml        the settings as resolved
 disclosure.json    the protocol's disclosure
 run.jsonl          losses, rates, bytes
 replies/           the trunk's replies, for a protocol that sends each row once
+recording/         what crossed, encrypted, where `--record` was given
 adapter/           the tuned adapter, an ordinary PEFT directory
 checkpoints/       to resume from
 report.html        for people
@@ -78,6 +79,11 @@ class RunDirectory:
     def replies(self) -> Path:
         """Where the trunk's replies are kept, for a protocol that sends each row once."""
         return self.path / "replies"
+
+    @property
+    def recording(self) -> Path:
+        """What crossed, encrypted, where `--record` was given."""
+        return self.path / "recording"
 
     def randomised_labels(self, labels: torch.Tensor, classes: int, epsilon: float) -> torch.Tensor:
         """Randomised response on `labels` [N]; drawn once and kept, so that a resumed run tells nothing new."""

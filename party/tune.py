@@ -21,6 +21,7 @@ from party.offline import plan_offline
 from party.opening import Preparation, data_set, open_book, prepare, say
 from party.progress import TrainingProgress
 from party.protect import numbered
+from party.recording import recording_of
 from party.rundir import RunDirectory
 from party.trainer import SplitTrainer
 from party.workplace import Workplace, open_workplace
@@ -80,7 +81,11 @@ def tune(settings: TuneSettings) -> int:
         preparation = prepare(settings, kit, longest, len(data.train))
     preparation.show()
     book = open_book(settings, run_name(run.path, resumed=settings.resume), data.sets)
-    with book, open_workplace(settings, kit, run, data, preparation, book) as place:
+    with (
+        book,
+        recording_of(settings, kit, run, data, preparation) as recorder,
+        open_workplace(settings, kit, run, data, preparation, book, recorder) as place,
+    ):
         if settings.label_epsilon is not None:
             book.charge_labels(data.train_set.fingerprint, settings.label_epsilon)
             randomise_classes(settings, kit, run, data)
@@ -173,7 +178,7 @@ def _train(
         model=model,
         args=_training_arguments(settings, run, place.arguments),
         train_dataset=numbered(data.train),
-        callbacks=[progress, stop],
+        callbacks=[progress, stop, *(place.recorder.callbacks if place.recorder is not None else ())],
         run=run,
         plan=kit.plan,
         collator=data.collator,

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ from splitfl.privacy.decorrelation import distance_correlation, flatten_tokens
 from splitfl.report import as_duration, as_size
 
 if TYPE_CHECKING:
+    from party.recording import Recorder
     from party.tune import Data
 
 
@@ -55,6 +56,8 @@ class Workplace:
     """Books the adapter, before it is written."""
     probe: HonestyProbe | None = None
     """What checks the owner."""
+    recorder: Recorder | None = None
+    """Keeps what crosses, where that was asked for."""
     measured: str = ""
     """How figures were measured, where that is not with the owner's trunk: stands behind them."""
 
@@ -69,24 +72,25 @@ class Counted:
 
 @contextlib.contextmanager
 def open_workplace(
-    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
-) -> Iterator[Workplace]:
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book,
+    recorder: Recorder | None = None,
+) -> Iterator[Workplace]:  # fmt: skip
     """The model, ready to be trained; whatever was opened for it is closed afterwards."""
     if preparation.protocol.offline:
         from party.offline import OfflinePreparation, train_offline  # it stands on this module
 
         assert isinstance(preparation, OfflinePreparation)  # noqa: S101
         with train_offline(settings, kit, run, data, preparation, book) as place:
-            yield place
+            yield replace(place, recorder=recorder)
         return
     if preparation.protocol.whole:
         from party.whole import train_whole  # it stands on this module
 
         with train_whole(settings, kit, run, data, preparation, book) as place:
-            yield place
+            yield replace(place, recorder=recorder)
         return
     opened = _kept_replies if preparation.protocol.sends_once else _over_the_network
-    with opened(settings, kit, run, data, preparation, book) as place:
+    with opened(settings, kit, run, data, preparation, book, recorder) as place:
         yield place
 
 
@@ -98,11 +102,15 @@ def _admit(settings: TuneSettings, preparation: Preparation, book: Book, data: D
         check_budget(settings, preparation, book, data.train_set.fingerprint, held_out)
 
 
-def _begin(settings: TuneSettings, run: RunDirectory, preparation: Preparation, book: Book) -> None:
+def _begin(
+    settings: TuneSettings, run: RunDirectory, preparation: Preparation, book: Book, recorder: Recorder | None
+) -> None:
     """The run directory; nothing may be refused for its settings any more."""
     run.prepare(settings, preparation.bounds)
     keep_name(run.path, book.run)
     run.drop_unfinished()
+    if recorder is not None:
+        recorder.begin()
 
 
 def tunable(settings: TuneSettings, kit: Kit, base: PreTrainedModel, *, top_alone: bool) -> PeftModel:
@@ -126,16 +134,17 @@ def _lora(settings: TuneSettings, kit: Kit, base: PreTrainedModel, *, top_alone:
 
 @contextlib.contextmanager
 def _over_the_network(
-    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
-) -> Iterator[Workplace]:
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book,
+    recorder: Recorder | None,
+) -> Iterator[Workplace]:  # fmt: skip
     protection = preparation.protection
     _admit(settings, preparation, book, data)
-    with contextlib.closing(connect(settings, kit, protection)) as session, contextlib.ExitStack() as stack:
+    with contextlib.closing(connect(settings, kit, protection, recorder)) as session, contextlib.ExitStack() as stack:
         logs: list[RunLog] = []
-        guard = guarded(settings, session, protection, book, lambda facts: logs[0].write("probe", **facts))
+        guard = guarded(settings, session, protection, book, lambda facts: logs[0].write("probe", **facts), recorder)
         base = open_model(kit, guard, dtype=settings.dtype, device=settings.device)
         model = tunable(settings, kit, base, top_alone=not protection.trains_bottom)
-        _begin(settings, run, preparation, book)
+        _begin(settings, run, preparation, book, recorder)
         logs.append(stack.enter_context(RunLog(run.log)))
         weight = protection.decorrelate
         yield Workplace(
@@ -145,6 +154,7 @@ def _over_the_network(
             log=logs[0],
             extra_loss=Decorrelation(base, remote_trunk(base, kit), weight) if weight else None,
             probe=guard.link if isinstance(guard.link, HonestyProbe) else None,
+            recorder=recorder,
         )
 
 
@@ -202,8 +212,9 @@ class Decorrelation:
 
 @contextlib.contextmanager
 def _kept_replies(
-    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book
-) -> Iterator[Workplace]:
+    settings: TuneSettings, kit: Kit, run: RunDirectory, data: Data, preparation: Preparation, book: Book,
+    recorder: Recorder | None,
+) -> Iterator[Workplace]:  # fmt: skip
     """Send what has not been sent, then train without the owner."""
     compute = resolve_dtype(kit, settings.dtype)
     dtype = DTYPES[compute if settings.wire_dtype == "auto" else settings.wire_dtype]
@@ -221,21 +232,22 @@ def _kept_replies(
     with contextlib.ExitStack() as stack:
         session = None
         if any(cache.missing for cache in caches.values()):
-            session = stack.enter_context(contextlib.closing(connect(settings, kit, preparation.protection)))
+            session = stack.enter_context(contextlib.closing(connect(settings, kit, preparation.protection, recorder)))
         else:
             say("every row has been sent; the owner is not needed")
-        _begin(settings, run, preparation, book)
+        _begin(settings, run, preparation, book, recorder)
         log = stack.enter_context(RunLog(run.log))
         if session is not None:
             with contextlib.closing(session):
-                _send_once(settings, kit, data, preparation, book, session, base, caches, files, dtype, log)
+                _send_once(settings, kit, data, preparation, book, session, base, caches, files, dtype, log, recorder)
             traffic.bytes_sent, traffic.bytes_received = session.bytes_sent, session.bytes_received
         cached = put_cached_trunk(base, kit.plan, settings.padding_side)
         for cache in caches.values():
             cache.load()
         cached.caches = caches
         model = tunable(settings, kit, base, top_alone=True)
-        yield Workplace(model=model, tracker=_tracker(cached, data, kit), traffic=traffic, log=log)
+        tracker = _tracker(cached, data, kit)
+        yield Workplace(model=model, tracker=tracker, traffic=traffic, log=log, recorder=recorder)
 
 
 def _open_cache(
@@ -268,9 +280,10 @@ def _open_cache(
 def _send_once(
     settings: TuneSettings, kit: Kit, data: Data, preparation: Preparation, book: Book, session: Session,
     base: PreTrainedModel, caches: dict[str, TrunkCache], files: dict[str, tuple[str, Examples]], dtype: torch.dtype,
-    log: RunLog,
+    log: RunLog, recorder: Recorder | None,
 ) -> None:  # fmt: skip
-    guard = guarded(settings, session, preparation.protection, book, lambda facts: log.write("probe", **facts))
+    protection = preparation.protection
+    guard = guarded(settings, session, protection, book, lambda facts: log.write("probe", **facts), recorder)
     for name, (folder, examples) in files.items():
         cache = caches[name]
         cache.start()

@@ -39,6 +39,7 @@ from splitfl.config_common import (
 )
 from splitfl.config_federation import WHOLE_PROTOCOLS, FederatedTuning
 from splitfl.config_privacy import OFFLINE_PROTOCOL, ProtectionSettings
+from splitfl.config_recording import ServeRecording, TuneRecording
 from splitfl.errors import UsageError
 from splitfl.options import Panel, Settings, above, at_least, between, fields_of
 from splitfl.options.values import (
@@ -78,7 +79,7 @@ class KitSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(Settings):
+class ServeSettings(ServeRecording):
     """Host the trunk. Prints `ready ADDRESS FINGERPRINT` on stdout when parties can connect."""
 
     model: Annotated[str, "Model directory.", NOT_EMPTY]
@@ -106,10 +107,11 @@ class ServeSettings(Settings):
     def check(self) -> None:
         """Refuse an open channel beyond loopback, and an encrypted one without keys."""
         check_link(self.insecure_loopback, self.bind, {"--key": self.key, "--parties": self.parties})
+        self.check_recording()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneSettings(ProtectionSettings, FederatedTuning):
+class TuneSettings(ProtectionSettings, FederatedTuning, TuneRecording):
     """Train adapters on your own rows, with the owner's trunk in the middle. Writes a run directory."""
 
     kit: Annotated[Path, "Kit directory, as received from the owner."]
@@ -183,6 +185,7 @@ class TuneSettings(ProtectionSettings, FederatedTuning):
         self.check_federation(self.protocol, self.key, self.r)
         self.check_bounds(self.protocol, self.first_of_dp_sgd, self.dp_freeze_a)
         self.check_unbounded(self.protocol, self.first_of_dp_sgd, self.sum_noise)
+        self.check_recording(self.protocol, self.federate, self.sum)
         whole = self.protocol in WHOLE_PROTOCOLS
         needs_owner = not whole and (self.protocol != OFFLINE_PROTOCOL or self.emulator is None)
         if needs_owner:
