@@ -18,6 +18,8 @@ from splitfl.config import (
     ServeSettings,
     TuneSettings,
 )
+from splitfl.config_audit import AuditSettings
+from splitfl.config_compare import CompareSettings
 from splitfl.config_federation import FederateSettings
 from splitfl.config_keys import KeysAllow, KeysIdentity, KeysNew, KeysRevoke, KeysShow
 from splitfl.config_mesh import FedmodSettings
@@ -180,6 +182,18 @@ def _generate(settings: GenerateSettings) -> None:
     generate_from_run(settings)
 
 
+def _audit(settings: AuditSettings) -> None:
+    from party.audit import audit
+
+    audit(settings)
+
+
+def _compare(settings: CompareSettings) -> None:
+    from splitfl.compare.command import compare
+
+    compare(settings)
+
+
 def _doctor(settings: DoctorSettings) -> int:
     from party.doctor import examine
 
@@ -217,6 +231,8 @@ command(app, FederateSettings, "federate", _federate)
 command(app, FedmodSettings, "fedmod", _fedmod)
 command(app, EvaluateSettings, "evaluate", _evaluate)
 command(app, GenerateSettings, "generate", _generate)
+command(app, AuditSettings, "audit", _audit)
+command(app, CompareSettings, "compare", _compare)
 command(app, DoctorSettings, "doctor", _doctor)
 command(app, DemoSettings, "demo", _demo)
 command(app, BenchSettings, "bench", _bench)

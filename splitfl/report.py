@@ -185,11 +185,11 @@ def write_report(run_dir: Path) -> Path:
         ),
         chart("Speed", "tokens per second", [_line("training", run.train, "tokens_per_s")]),
     ]
-    page = _render(
+    page = render(
         "report.html.j2",
         run=run,
-        loss=_gain("loss", before, after),
-        gains=[_gain(name, before, after) for name in ("loss", "perplexity", "accuracy") if name in after],
+        loss=gain("loss", before, after),
+        gains=[gain(name, before, after) for name in ("loss", "perplexity", "accuracy") if name in after],
         facts=_named_facts(run),
         charts=[c for c in charts if c],
         crossings=_crossings(run.disclosure),
@@ -221,12 +221,12 @@ def write_demo_report(out_dir: Path, owner_info: Mapping[str, Any], runs: Mappin
     ]
     first = next(iter(read.values()), None)
     links = {party: os.path.relpath(path / "report.html", out_dir) for party, path in runs.items()}
-    page = _render(
+    page = render(
         "demo.html.j2",
         owner=dict(owner_info),
         runs=read,
         links={party: quote(link) for party, link in links.items() if (out_dir / link).exists()},
-        gains={party: _gain("loss", run.measured("before"), run.measured("after")) for party, run in read.items()},
+        gains={party: gain("loss", run.measured("before"), run.measured("after")) for party, run in read.items()},
         charts=[c for c in charts if c],
         disclosure=first.disclosure if first else None,
         crossings=_crossings(first.disclosure if first else None),
@@ -256,9 +256,10 @@ class Gain:
     """None where it did not move, or where a side is missing."""
 
 
-def _gain(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Gain:
+def gain(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Gain:
+    """A held-out figure of a run, before and after."""
     old, new = before.get(name), after.get(name)
-    better = None if old is None or new is None or old == new else (new > old) == (name == "accuracy")
+    better = None if old is None or new is None or old == new else (new > old) == (name in ("accuracy", "macro_f1"))
     return Gain(name=name, before=old, after=new, better=better)
 
 
@@ -286,7 +287,12 @@ def _crossings(disclosure: Mapping[str, Any] | None) -> dict[str, list[dict[str,
     }
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page from one of our templates; every value is escaped.
+
+    Raises:
+        UsageError: jinja2 is missing.
+    """
     try:
         import jinja2
     except ImportError as error:
@@ -300,6 +306,9 @@ def _render(template: str, **values: Any) -> str:
     )
     environment.filters |= {"size": as_size, "number": as_number, "duration": as_duration, "value": as_value}
     return environment.get_template(template).render(**values, version=splitfl.__version__, machine=_machine_facts())
+
+
+_render = render
 
 
 def _machine_facts() -> dict[str, Any]:

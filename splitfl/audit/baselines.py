@@ -118,10 +118,10 @@ def by_model(truths: Sequence[TrueRow], model: Path) -> dict[int, torch.Tensor]:
     return {row.number: guessed[row.dataset, row.row] for row in truths}
 
 
-def found_at(guess: Mapping[int, torch.Tensor], row: TrueRow, length: int) -> torch.Tensor:
-    """A guess as [T] int64, `NOTHING` where it says nothing: too short, or there is none."""
+def found_at(guess: Mapping[int, torch.Tensor], row: TrueRow, length: int, nothing: int = NOTHING) -> torch.Tensor:
+    """A guess as [T] int64, `nothing` where it says nothing: too short, or there is none."""
     said = guess.get(row.number)
-    full = torch.full((length,), NOTHING, dtype=torch.int64)
+    full = torch.full((length,), nothing, dtype=torch.int64)
     if said is not None:
         some = said.to(torch.int64)[:length]
         full[: len(some)] = some

@@ -175,14 +175,14 @@ def _answers(guesses: Guesses, truth: Truth, seed: int) -> Figures:
         labels = row.labels.clone()
         labels[:1] = _IGNORED  # the model shifts labels by one place: the first never counts
         counts = labels != _IGNORED
-        guess = found_at(guesses.answers, row, len(labels))
+        guess = found_at(guesses.answers, row, len(labels), _IGNORED)
         right = (guess == labels) & counts
         if bool(counts.any()):
             sheet.add("answer recovery", int(right.sum()), int(counts.sum()), row)
             sheet.add("exact answers", float(bool(right[counts].all())), 1, row)
             by_blind.append(float(((found_at(blind, row, len(labels)) == labels) & counts).sum()))
             tokens += [(t, float(r), row) for t, r in zip(labels[counts].tolist(), right[counts].tolist(), strict=True)]
-        says = (guess != NOTHING) & (guess != _IGNORED)
+        says = guess != _IGNORED
         sheet.add("answer places found", int((says & counts).sum()), int(counts.sum()), row)
         others = ~counts
         others[:1] = False
