@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from model_owner.admission import Admission, Everyone, ServerLimits
 from model_owner.answer import Answerer
 from model_owner.handout import Handout, handing_out
 from model_owner.memory import MemoryBudget, measure
+from model_owner.recording import RecordedSocket, Recorder
 from model_owner.scheduler import Scheduler
 from model_owner.server import Server
 from model_owner.trunk import Trunk
@@ -108,7 +110,8 @@ async def _serve(
     admission: Admission, handout: Handout | None,
 ) -> None:  # fmt: skip
     trunk = answerer.trunk
-    socket = OwnerSocket(
+    recorder = _recorder(settings, keys, admission)
+    socket = (OwnerSocket if recorder is None else partial(RecordedSocket, recorder=recorder))(
         settings.bind,
         keys=keys,
         allow=admission if isinstance(admission, AllowList) else None,
@@ -134,6 +137,17 @@ async def _serve(
         await socket.close()
         if settings.json is not None:
             write_results(settings.json, "serve", settings, _results(server))
+
+
+def _recorder(settings: ServeSettings, keys: KeyPair | None, admission: Admission) -> Recorder | None:
+    if settings.record is None:
+        return None
+    limit = parse_size(settings.record_limit)
+    recorder = Recorder(
+        settings.record, keys, limit, lambda party: admission.allowed(party.encode()), 2 * settings.max_sessions
+    )
+    print(f"{'recorded':8} what crosses, in {settings.record}, up to {as_size(limit)}", file=sys.stderr)
+    return recorder
 
 
 def _announce(

@@ -24,7 +24,7 @@ from party.rundir import RunDirectory
 from splitfl.aggregation.state import State
 from splitfl.audit.recording import About, Left, Origin, Probed, Record, Role, Room, Way, Writer
 from splitfl.audit.recording_keys import make_vault, open_vault
-from splitfl.audit.witness import Witness
+from splitfl.audit.witness import Witness, opened
 from splitfl.config import TuneSettings
 from splitfl.errors import ResourceError
 from splitfl.kit import Kit
@@ -139,7 +139,8 @@ class Recorder:
         side: Way = "sent" if way == "sent" else "received"
         if self._traffic is not None and self._traffic.room.is_full:
             return
-        head, message = self._witness.note(side, frames, "party" if side == "sent" else "owner")
+        message = opened(frames, "party" if side == "sent" else "owner")
+        head = self._witness.note(side, message, frames)
         if isinstance(message, Forward) and side == "sent" and not head.again:
             self._note_origin(message)
         if self._traffic is None:

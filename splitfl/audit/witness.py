@@ -21,24 +21,29 @@ class Witness:
     def __init__(self) -> None:
         self._seen: dict[tuple[Way, int, str], set[int]] = defaultdict(set)
 
-    def note(self, way: Way, frames: Sequence[Frame], sender: Sender) -> tuple[Crossed, AnyMessage | None]:
-        """The head of a record, and the message; None if its header is none of that sender's.
+    def note(self, way: Way, message: AnyMessage | None, frames: Sequence[Frame]) -> Crossed:
+        """The head of its record.
 
         Args:
             way: as the side that records sees it.
-            frames: of the message, header first.
-            sender: which side it comes from.
+            message: as `opened` has it.
+            frames: all of them, header first.
         """
         sizes, now = tuple(map(nbytes, frames)), time.time()
-        try:
-            message = wire.open_header(frames, sender=sender)
-        except wire.Violation:
-            return Crossed(way=way, time=now, kind=UNREADABLE, session=0, step=None, sizes=sizes), None
+        if message is None:
+            return Crossed(way=way, time=now, kind=UNREADABLE, session=0, step=None, sizes=sizes)
         word, step = kind(message), getattr(message, "step", None)
         again = False
         if step is not None:
             steps = self._seen[way, message.session, word]
             again = step in steps
             steps.add(step)
-        head = Crossed(way=way, time=now, kind=word, session=message.session, step=step, sizes=sizes, again=again)
-        return head, message
+        return Crossed(way=way, time=now, kind=word, session=message.session, step=step, sizes=sizes, again=again)
+
+
+def opened(frames: Sequence[Frame], sender: Sender) -> AnyMessage | None:
+    """The header of a message; None if it is none of that sender's."""
+    try:
+        return wire.open_header(frames, sender=sender)
+    except wire.Violation:
+        return None
