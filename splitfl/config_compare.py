@@ -30,7 +30,7 @@ class Limits(Settings):
     model_stays: Annotated[bool, "The owner hands out no whole model.", LIMITS] = False
     max_bytes: Annotated[str | None, "All that a party sends and receives, kit included, such as 1GB.", SIZE,
                          LIMITS] = None  # fmt: skip
-    max_loss: Annotated[float | None, "Points lost to full LoRA: hundredths of accuracy or macro F1, of a nat for text.",
+    max_loss: Annotated[float | None, "Points lost to full LoRA: 0.01 of accuracy or macro F1, for text of a nat.",
                         at_least(0), LIMITS] = None  # fmt: skip
     max_seconds: Annotated[float | None, "Processor seconds of a party.", above(0), LIMITS] = None
     max_money: Annotated[float | None, "Cost at the grid's prices.", above(0), LIMITS] = None

@@ -1,10 +1,10 @@
 """What a grid file says: data sets, protocols, mechanisms, seeds and prices. Everything is checked before a run.
 
-    [grid]            seeds, and those of --quick
-    [prices]          of an hour and a gigabyte
-    [data.NAME]       rows, model, cuts and how they are trained; the same for every design
-    [mechanism.NAME]  options of `splitfl tune` that go with a protocol, or sizes relative to what crosses
-    [protocol.NAME]   how a protocol is run, and with which mechanisms
+[grid]            seeds, and those of --quick
+[prices]          of an hour and a gigabyte
+[data.NAME]       rows, model, cuts and how they are trained; the same for every design
+[mechanism.NAME]  options of `splitfl tune` that go with a protocol, or sizes relative to what crosses
+[protocol.NAME]   how a protocol is run, and with which mechanisms
 """
 
 from __future__ import annotations
