@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import math
 import re
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from splitfl.aggregation.factors import Pair, Tensors, Update
 from splitfl.aggregation.low_rank import stacked
 from splitfl.aggregation.state import State
 from splitfl.errors import ModelError, UsageError, printable
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -140,4 +142,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _by_pattern(pattern: dict[str, int], module: str, otherwise: float) -> float:
+    if not pattern:
+        return otherwise
+    from peft.utils.other import get_pattern_key  # seconds to load, and a coordinator's rules do without it
+
     return pattern.get(get_pattern_key(list(pattern), module), otherwise)

@@ -99,6 +99,31 @@ def test_every_step_of_every_round_is_in_one_bound(tiny_llama, tmp_path):
     assert events(tmp_path / "run-hospital", "round")[-1]["kept"]
 
 
+def test_three_parties_under_masks_each_have_a_bound_of_their_own(tiny_llama, tmp_path):
+    said = finished(tiny_llama, tmp_path, ["--sum", "mask"], 3, protocol="dp-lora", sum="mask", rule=None, **DP)
+    rows = {name: each.train for name, each in rows_of(tmp_path).items()}
+    for name in PARTIES:
+        count = len(rows[name].read_text().splitlines())
+        told = float(re.search(r"epsilon ([0-9.]+)", said[name]).group(1))
+        assert told == pytest.approx(epsilon_of(1.2, 4 / count, 2 * 2, 1e-3), abs=0.05)
+        assert "2 sums" in said[name]
+        # one entry, over every row of this party and of nobody else's data
+        [entry] = booked(tmp_path / f"{name}.sqlite")
+        assert entry["rho"] == pytest.approx(adapter_rho(1.2, 4 / count, 4), rel=1e-6)
+        assert "4 steps in 2 sums" in entry["mechanism"]
+        bounded = msgspec.json.decode((tmp_path / f"run-{name}" / RECORD).read_bytes())
+        assert (bounded["last"], bounded["federation"]) == (1, bounded["federation"])
+        assert disclosed(tmp_path / f"run-{name}")["bound"].startswith("DP-SGD on the updates: epsilon")
+        assert all(record["kept"] for record in events(tmp_path / f"run-{name}", "round"))
+    datasets = {booked(tmp_path / f"{name}.sqlite")[0]["dataset"] for name in PARTIES}
+    assert len(datasets) == 3
+    adapters = [load_file(tmp_path / f"run-{name}" / "last" / "adapter_model.safetensors") for name in PARTIES]
+    assert all(torch.equal(adapters[0][name], other[name]) for other in adapters[1:] for name in other)
+    own = [load_file(tmp_path / f"run-{name}" / "personal" / "adapter_model.safetensors") for name in PARTIES]
+    moved = [name for name in own[0] if not torch.equal(own[0][name], own[1][name])]
+    assert moved, "each party trained on its own rows, with noise of its own"
+
+
 def test_more_rounds_than_planned_are_refused_before_anything_leaves(tiny_llama, tmp_path):
     make_keys(tmp_path)
     rows = rows_of(tmp_path)["clinic"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +47,18 @@ def federate(place, *words, code=0):
             raise AssertionError(running.stderr.text) from None
         yield running
         assert running.wait() == code, running.stderr.text
+
+
+def test_a_coordinator_needs_none_of_the_libraries_of_models():
+    """They take seconds to load, more on a busy machine; no rule of the coordinator computes with a model."""
+    code = (
+        "import sys, model_owner.rounds.federate, model_owner.rounds.sums\n"
+        "from splitfl.aggregation.rules import RULES, rule_named\n"
+        "[rule_named(name, {}) for name in RULES]\n"
+        "print(*sorted({'peft', 'transformers', 'datasets', 'accelerate', 'tenseal'} & set(sys.modules)), 'alone')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    assert ran.stdout.split() == ["alone"]
 
 
 def figures(path):
