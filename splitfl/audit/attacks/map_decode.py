@@ -8,8 +8,8 @@ and others, "Hidden No More", arXiv 2505.18332). Where noise is added, the candi
 
 with s^2 the known variance, or what the distances so far show where that is more (a tuned bottom at K1). The beam
 keeps the best few rows, since what looks wrong now may look right one position on. Rows that crossed several times are
-read once, from their mean where noise was fresh (`splitfl.audit.linking`). Rows that a mechanism clipped are compared up
-to the one factor that clipping is.
+read once, from their mean where noise was fresh (`splitfl.audit.linking`). Rows that a mechanism clipped are compared
+up to the one factor that clipping is.
 
 Legend: R rows, H hypotheses, N candidates of each, T positions, D width, V vocabulary.
 """
