@@ -8,7 +8,10 @@ from typing import Literal, TypeAlias
 
 from splitfl.audit.view import Guesses, Knowledge, View
 
-Need: TypeAlias = Literal["hidden", "output", "gradient", "update", "auxiliary", "model", "causal", "embedding cut"]
+Need: TypeAlias = Literal[
+    "hidden", "output", "gradient", "update", "auxiliary", "labelled", "model", "causal", "embedding cut",
+    "language model", "classifier",
+]  # fmt: skip
 Finds: TypeAlias = Literal["tokens", "answers", "classes", "scores", "bags"]
 
 

@@ -101,17 +101,21 @@ def open_top(view: View) -> Top:
     """The top that this attacker knows; see `splitfl.audit.bottom.known_model`."""
     model = known_model(view)
     model.config.use_cache = False
+    model.set_attn_implementation("eager")  # the fused kernels have no second derivative
     return Top(model, view.kit.plan)
 
 
-def behind_layers(top: Top, hidden: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """State and gradient behind the top's last layer, from those at the upper cut: all four [T, D], one row.
+def behind_layers(
+    top: Top, hidden: torch.Tensor, gradient: torch.Tensor, *, steps: tuple[int, ...] = (3, 12, 60)
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """State behind the top's last layer, and the gradient there, from those at the upper cut: all [T, D], one row.
 
-    The layers' Jacobian J is square, and g at the cut is J^T c: c is solved for, which undoes the backward pass
-    through layers that the attacker has.
+    The layers' Jacobian J is square, and g at the cut is J^T c: c is solved for, which undoes the backward pass through
+    layers that the attacker has. Where it has them only nearly, an early end is nearer to the truth than a late one:
+    one c is returned for each of `steps`.
     """
     if not top.plan.top:
-        return hidden, gradient
+        return hidden, [gradient]
     start = hidden[None].clone().requires_grad_(True)
     with torch.enable_grad():
         end = top.layers(start)
@@ -120,22 +124,28 @@ def behind_layers(top: Top, hidden: torch.Tensor, gradient: torch.Tensor) -> tup
         (result,) = torch.autograd.grad(end, start, cotangent.view_as(end), retain_graph=True)
         return result.reshape(-1)
 
-    return end.detach()[0], solve(backward, gradient.reshape(-1)).view_as(gradient)
+    found = solve(backward, gradient.reshape(-1), steps=steps)
+    return end.detach()[0], [each.view_as(gradient) for each in found]
 
 
-def solve(apply: LinearMap, right: torch.Tensor, *, steps: int = 60, tolerance: float = 1e-5) -> torch.Tensor:
+def solve(
+    apply: LinearMap, right: torch.Tensor, *, steps: tuple[int, ...], tolerance: float = 1e-5
+) -> list[torch.Tensor]:
     """x [N] with apply(x) = `right` [N], by GMRES (Saad and Schultz, SIAM J. Sci. Stat. Comput. 1986, algorithm 4).
 
-    Stops after `steps` applications, or where the residual is `tolerance` of `right`: early ends regularise.
+    Args:
+        apply: linear and square.
+        steps: applications after which x is wanted, ascending; all that is left are the same once the residual is
+            `tolerance` of `right`.
     """
     size = right.norm()
     if not size > 0:
-        return torch.zeros_like(right)
-    basis = [right / size]
-    reduced = torch.zeros(steps + 1, steps, dtype=torch.float64)
-    wanted = torch.zeros(steps + 1, dtype=torch.float64)
+        return [torch.zeros_like(right) for _ in steps]
+    basis, most, found = [right / size], steps[-1], []
+    reduced = torch.zeros(most + 1, most, dtype=torch.float64)
+    wanted = torch.zeros(most + 1, 1, dtype=torch.float64)
     wanted[0] = size
-    for step in range(steps):
+    for step in range(most):
         fresh = apply(basis[step])
         for _ in range(2):  # a second time, against rounding
             overlaps = torch.stack(basis) @ fresh
@@ -143,9 +153,46 @@ def solve(apply: LinearMap, right: torch.Tensor, *, steps: int = 60, tolerance: 
             reduced[: step + 1, step] += overlaps.double()
         reduced[step + 1, step] = fresh.norm()
         part = reduced[: step + 2, : step + 1]
-        weights = torch.linalg.lstsq(part, wanted[: step + 2, None]).solution[:, 0]
-        left = (part @ weights - wanted[: step + 2]).norm()
-        if left <= tolerance * size or reduced[step + 1, step] <= 1e-12 * size:
+        weights = torch.linalg.lstsq(part, wanted[: step + 2]).solution
+        done = (part @ weights - wanted[: step + 2]).norm() <= tolerance * size
+        if done or step + 1 in steps:
+            found.append(weights[:, 0].to(right.dtype) @ torch.stack(basis))
+        if done or reduced[step + 1, step] <= 1e-12 * size:
             break
         basis.append(fresh / fresh.norm())
-    return weights.to(right.dtype) @ torch.stack(basis[: len(weights)])
+    return [*found, *found[-1:] * (len(steps) - len(found))]
+
+
+def match_labels(
+    top: Top, hidden: torch.Tensor, gradient: torch.Tensor, start: torch.Tensor, *, steps: int, beta: float = 0.85,
+    rate: float = 0.09, progress: Callable[[float], None] = lambda share: None,
+) -> torch.Tensor:  # fmt: skip
+    """Logits [T, V] of the label of each position whose gradient comes nearest to `gradient` [T, D].
+
+    The backward stage of BiSR (Chen et al., arXiv 2409.00960), with the loss of TAG: beta times the squared and
+    1 - beta times the absolute differences, by AdamW. By how many tokens the loss was divided is not known: the scale
+    is fitted in every step. Both gradients are measured in root mean squares of the one that crossed.
+
+    Args:
+        hidden: [T, D] at the upper cut: what the trunk answered.
+        start: [T, V] logits to begin with; row t belongs to position t, whose label is the next token.
+        steps: 18 from good logits, 300 from random ones.
+    """
+    state = hidden[None].clone().requires_grad_(True)
+    with torch.enable_grad():
+        logits = top(state)
+    shares = logits.detach().softmax(-1)[0]
+    goal = gradient / gradient.square().mean().sqrt().clamp(min=1e-30)
+    soft = start.clone().requires_grad_(True)
+    optimiser = torch.optim.AdamW([soft], lr=rate, eps=1e-6)
+    for step in range(steps):
+        with torch.enable_grad():
+            wanted = (shares - soft.softmax(-1))[None]
+            (made,) = torch.autograd.grad(logits, state, wanted, create_graph=True)
+            scale = (made[0] * goal).sum() / made.square().sum().clamp(min=1e-30)
+            apart = made[0] * scale.detach().abs() - goal
+            loss = beta * apart.square().sum() + (1 - beta) * apart.abs().sum()
+            (soft.grad,) = torch.autograd.grad(loss, soft, retain_graph=True)
+        optimiser.step()
+        progress((step + 1) / steps)
+    return soft.detach()

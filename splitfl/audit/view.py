@@ -114,6 +114,8 @@ class View:
     auxiliary: tuple[tuple[int, ...], ...] = ()
     """Token ids of the attacker's own text, one tuple a text."""
     domain: Domain = "none"
+    labelled: tuple[tuple[tuple[int, ...], int], ...] = ()
+    """Token ids and attribute (0 or more) of texts that the attacker has an attribute of: the author's sex, say."""
     seed: int = 0
     effort: Effort = "default"
     progress: Callable[[float], None] = lambda share: None
@@ -127,7 +129,8 @@ class Guesses:
     tokens: Mapping[int, torch.Tensor] = field(default_factory=dict)
     """Token ids [T] int64 by number, position by position; -1 where it has no guess."""
     answers: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    """Label of each position [T] int64 by number (before the model's shift); -100 where it says there is none."""
+    """Label of each position [T] int64 by number (before the model's shift); -100 where it says there is none, -1 where
+    it says there is one and not which."""
     classes: Mapping[int, int] = field(default_factory=dict)
     """Class of a row, by number."""
     scores: Mapping[int, float] = field(default_factory=dict)
