@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from party.recorded_updates import federated_updates, offline_update
-from party.recording import UNCOUNTED
+from party.recording import UNCOUNTED, digest_of
 from party.rundir import RunDirectory
 from party.tune import Data, read_data
 from protocols import protocol_named
@@ -221,14 +221,14 @@ class _Truth:
 
 def _check_rows(settings: TuneSettings, data: Data, recorded: Mapping[Role, str]) -> None:
     """Whether the files still hold the rows that crossed."""
-    now = {"train": data.train_set, "held-out": data.held_out_set}
-    for role, fingerprint in recorded.items():
+    now = {"train": data.train, "held-out": data.held_out}
+    for role, digest in recorded.items():
         found = now[role]
-        if found is None or found.fingerprint != fingerprint:
+        if found is None or digest_of(found) != digest:
             path = settings.train if role == "train" else settings.eval
             raise DataError(
                 f"{path} does not hold the rows any more that the run was made with.",
-                expected="the file as it was: without it nobody can say what an attack got right",
+                expected="the file as it was, in its order: else nobody can say what an attack got right",
             )
 
 

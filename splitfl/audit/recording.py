@@ -64,7 +64,7 @@ class About(Head, frozen=True, kw_only=True, tag="about"):
     gradient: dict[str, str | float] = {}
     """The same on gradients."""
     datasets: dict[Role, str] = {}
-    """Fingerprints of the rows; in the stream of truth alone."""
+    """Digests of the examples in their order; in the stream of truth alone."""
     weights: int = -1
     """Optimiser steps made when the segment began; -1 where nobody counts them. In the stream of truth alone."""
     trains_bottom: bool = True
