@@ -94,6 +94,8 @@ def _by_rules(text: str) -> list[tuple[int, int]]:
     found = [m.span() for m in _ENTITY.finditer(text)]
     for match in _NAME.finditer(text):
         begin, end = match.span()
+        if f"{match[0]}." in _TITLES:
+            continue
         if _opens_a_sentence(text, begin):  # its capital says nothing; what follows it may be a name all the same
             first, _, rest = match[0].partition(" ")
             begin = begin + len(first) + 1 if rest else end
