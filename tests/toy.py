@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import typer
 
-from splitfl import config, config_audit, config_federation, config_keys, config_mesh, config_offsite, config_privacy
+from splitfl import (
+    config,
+    config_audit,
+    config_compare,
+    config_federation,
+    config_keys,
+    config_mesh,
+    config_offsite,
+    config_privacy,
+)
 from splitfl.options import Settings, command, run_app
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -15,6 +24,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "generate": config.GenerateSettings,
     "evaluate": config.EvaluateSettings,
     "audit": config_audit.AuditSettings,
+    "compare": config_compare.CompareSettings,
     "doctor": config.DoctorSettings,
     "demo": config.DemoSettings,
     "bench": config.BenchSettings,

@@ -104,9 +104,7 @@ def _clause(text: str) -> tuple[str, bool | float]:
 
 
 _TESTS: tuple[Callable[[Row, Rules], str | None], ...] = (
-    lambda row, rules: (
-        _sends(row, "gradient", "a gradient of every training row leaves") if rules.no_gradient else None
-    ),
+    lambda row, rules: _sends(row, "gradient", "gradients of the rows leave") if rules.no_gradient else None,
     lambda row, rules: _sends(row, "hidden", "activations of the rows leave") if rules.no_activation else None,
     lambda row, rules: "the owner hands out the whole model" if rules.model_stays and row.hands == "model" else None,
     lambda row, rules: _beyond(row.bytes, rules.max_bytes, lambda value: f"{as_size(int(value))} sent and received"),

@@ -34,6 +34,7 @@ class Ground:
     place: Place
     folder: Path
     rows: RowFiles
+    classifies: bool
     measured: Mapping[str, float]
     """r, clip and the tokens of a median row."""
 
@@ -118,7 +119,7 @@ class Grounds:
             run_to_end(words, log=folder / "kit.log")
             replace_text(kept, json.dumps(self._measure(cell, rows, folder)) + "\n")
         measured = json.loads(kept.read_text(encoding="utf-8"))
-        return Ground(place=place, folder=folder, rows=rows, measured=measured)
+        return Ground(place=place, folder=folder, rows=rows, classifies=bool(task.classes), measured=measured)
 
     def _measure(self, cell: Cell, rows: RowFiles, folder: Path) -> dict[str, float]:
         """r, the root mean square of a token's norm at the cut before training, and the clip that mild noise has."""

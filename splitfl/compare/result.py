@@ -113,7 +113,7 @@ def read_outcome(path: Path) -> tuple[str, Outcome]:
         digest = str(record.pop("digest"))
         record = {name: value for name, value in record.items() if name not in ("version", "machine")}
         attacks = tuple(Attacked(**attack) for attack in record.pop("attacks"))
-        return digest, Outcome(**record, attacks=attacks)
+        return digest, Outcome(**{**record, "sends": tuple(record["sends"])}, attacks=attacks)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no result of a cell ({type(error).__name__}).", hint="remove it") from error
 

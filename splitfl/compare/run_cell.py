@@ -44,12 +44,13 @@ from splitfl.compare.watch import Watch, wait_for
 from splitfl.config import TuneSettings
 from splitfl.errors import ResourceError
 from splitfl.metrics import read_run
-from splitfl.options import fields_of, to_toml
+from splitfl.options import to_toml
 
 RUN_LIMIT_S = 3600.0
 EVAL_BATCH = 32
 _RANK = 8
 _OFFLINE = "guarded-offline"
+_RECORDED = ("split", "guarded-online", "guarded-gradfree", "fed-split")  # activations cross: there is what to record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def tune_settings(bench: Bench, cell: Cell, ground: Ground, out: Path, **route: 
         given.setdefault("clip", ground.measured["clip"])
         if cell.mechanism.size.ratio is not None:
             given["sigma"] = ground.measured["r"] / cell.mechanism.size.ratio
-    if bench.audit and cell.protocol is not None and any(f.name == "record" for f in fields_of(TuneSettings)):
+    if bench.audit and cell.protocol is not None and cell.protocol.name in _RECORDED:
         given["record"] = True
     fixed: dict[str, Any] = {
         "kit": ground.kit, "out": out, "json": out.with_suffix(".json"), "ledger": out.with_suffix(".sqlite"),
@@ -341,7 +342,9 @@ def audited(bench: Bench, ground: Ground, run: Path, folder: Path, outcome: Outc
 
     if not bench.audit:
         return replace(outcome, not_attacked="not asked for")
-    attacks, why = attack_run(run, ground.place.model, folder)
+    rows = {"members": ground.rows.train, "others": ground.rows.held_out}
+    causal = not ground.classifies
+    attacks, why = attack_run(run, ground.place.model, rows, outcome.sends, folder, causal=causal)
     return replace(outcome, attacks=tuple(attacks), not_attacked=why)
 
 
