@@ -26,13 +26,15 @@ from splitfl.data import IGNORED
 
 UNNAMED = -1
 """In `Guesses.answers`: there is a label, and this attack does not say which."""
-_TRUST = 30.0
-"""How much a cosine of 1 counts beside the log-probability that the top itself gives a token."""
+_TRUST = 15.0
+"""How much a cosine counts beside the log-probability that the top itself gives a token, where nothing fits well."""
 _LABELLED = 0.5, 1e-4
 """A position has a label if its cosine is this share of the row's upper quartile, and its norm that of the largest."""
 _SURE = 4.0
 """Standard deviations by which a row's norm must exceed what noise alone gives."""
-_PROBES = 8
+_PROBES = 16
+_NAMED = 8
+"""Labels that each of two quick scores names for a position, to be looked at exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,6 @@ class Decoded:
 
     labels: torch.Tensor
     """[T] int64: label that each position was scored against, whether it was or not."""
-    logits: torch.Tensor
-    """[T, V]: how much each label fits."""
     cosine: torch.Tensor
     """[T]: between the gradient and the one of the best label; 1 where it fits exactly."""
     norm: torch.Tensor
@@ -52,8 +52,8 @@ class Decoded:
 def decode_row(top: Top, output: torch.Tensor, gradient: torch.Tensor) -> Decoded:
     """The label behind each position's gradient, for `output` and `gradient` [T, D] at the upper cut."""
     state, ways = behind_layers(top, output, gradient)
-    tries = [_decode(top, state, each) for each in ways]
-    return max(tries, key=lambda one: float(_upper(one.cosine)))
+    tail = _Tail(top, state)
+    return max((tail.decode(each) for each in ways), key=lambda one: float(_upper(one.cosine)))
 
 
 def answers_of(decoded: Decoded, labelled: torch.Tensor) -> torch.Tensor:
@@ -182,34 +182,53 @@ def _rows(view: View) -> Iterator[tuple[Sent, torch.Tensor, torch.Tensor]]:
         view.progress((count + 1) / len(view.sent))
 
 
-@torch.no_grad()
-def _decode(top: Top, state: torch.Tensor, gradient: torch.Tensor) -> Decoded:
-    """Which label fits best, and how well, where only norm and head are left; `state` and `gradient` [T, D].
+class _Tail:
+    """Norm and head at the states [T, D] of one row, where each position stands alone.
 
-    The cosine of g with J^T (p - e_y), for all y at once: each inner product with J^T e_y is a number of J g or of
-    J J^T p, each norm of J^T e_y comes from random directions u as the mean square of J u (Hutchinson's estimate).
+    The cosine of g with J^T (p - e_y) is wanted for all y at once: each inner product with J^T e_y is a number of J g
+    or of J J^T p, each norm of J^T e_y comes from random directions u as the mean square of J u (Hutchinson's
+    estimate).
     """
 
-    def tail(hidden: torch.Tensor) -> torch.Tensor:
-        return top.tail(hidden[None])[0]
+    def __init__(self, top: Top, state: torch.Tensor) -> None:
+        self._run, self._state = lambda hidden: top.tail(hidden[None])[0], state
+        with torch.no_grad():
+            logits, self._backward = torch.func.vjp(self._run, state)
+            self.log_shares = logits.log_softmax(-1)
+            self.shares = self.log_shares.exp()
+            (self._pulled,) = self._backward(self.shares)
+            draws = torch.Generator().manual_seed(0)
+            spread = torch.zeros_like(logits)
+            for _ in range(_PROBES):
+                spread += self._forward(torch.randn(state.shape, generator=draws)).square() / _PROBES
+            square = self._pulled.square().sum(-1, keepdim=True) - 2 * self._forward(self._pulled) + spread
+            self._length = square.clamp(min=1e-20).sqrt()
 
-    def forward(direction: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.func.jvp(tail, (state,), (direction,))[1]
+    @torch.no_grad()
+    def decode(self, gradient: torch.Tensor) -> Decoded:
+        """Which label fits `gradient` [T, D] best, and how well.
+
+        What the top itself expects counts too, the more the worse the best label fits: a residual of variance
+        1 - cosine^2 has that much less to say.
+        """
+        along = self._forward(gradient)
+        norm = gradient.norm(dim=-1)
+        plain = (self.shares * along).sum(-1, keepdim=True) - along
+        fits = plain / self._length / norm[:, None].clamp(min=1e-30)
+        some = torch.cat([plain.topk(_NAMED).indices, (_TRUST * fits + self.log_shares).topk(_NAMED).indices], dim=1)
+        cosines = torch.stack([self._cosine(gradient, each) for each in some.T], dim=1)  # [T, candidates]
+        usual = float(_upper(cosines.max(1).values).clamp(0, 1))
+        trust = _TRUST / (1 - usual**2 + 1e-4)
+        best = (trust * cosines + self.log_shares.gather(1, some)).argmax(1, keepdim=True)
+        return Decoded(labels=some.gather(1, best)[:, 0], cosine=cosines.gather(1, best)[:, 0], norm=norm)
+
+    def _forward(self, direction: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.func.jvp(self._run, (self._state,), (direction,))[1]
         return result
 
-    logits, backward = torch.func.vjp(tail, state)
-    shares = logits.softmax(-1)
-    along = forward(gradient)
-    (pulled,) = backward(shares)
-    draws = torch.Generator().manual_seed(0)
-    spread = sum(forward(torch.randn(state.shape, generator=draws)).square() for _ in range(_PROBES)) / _PROBES
-    length = (pulled.square().sum(-1, keepdim=True) - 2 * forward(pulled) + spread).clamp(min=1e-20).sqrt()
-    norm = gradient.norm(dim=-1)
-    fits = ((shares * along).sum(-1, keepdim=True) - along) / length / norm[:, None].clamp(min=1e-30)
-    scores = _TRUST * fits + logits.log_softmax(-1)
-    best = scores.argmax(-1)
-    (made,) = backward(shares - one_hot(best, shares.shape[-1]))
-    return Decoded(labels=best, logits=scores, cosine=cosine_similarity(made, gradient, dim=-1), norm=norm)
+    def _cosine(self, gradient: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        (made,) = self._backward(self.shares - one_hot(labels, self.shares.shape[-1]))
+        return cosine_similarity(made, gradient, dim=-1)
 
 
 def _upper(cosines: torch.Tensor) -> torch.Tensor:
