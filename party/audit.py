@@ -24,7 +24,7 @@ from splitfl.audit.course import Course
 from splitfl.audit.results import Outcome, Skipped, as_results, digest, find_outcome, keep
 from splitfl.audit.view import Knowledge
 from splitfl.config_audit import KNOWLEDGE, AuditSettings
-from splitfl.errors import UsageError, nearest
+from splitfl.errors import UsageError, nearest, printable
 from splitfl.metrics import write_results
 from splitfl.report import as_duration, as_size
 
@@ -74,11 +74,12 @@ def audit(settings: AuditSettings) -> None:
 
 def _chosen(settings: AuditSettings) -> list[Attack]:
     known = attacks()
+    alike = {name.replace("_", "-"): attack for name, attack in known.items()}
     for name in settings.attack:
-        if name not in known:
-            raise UsageError(f"There is no attack {name!r}.", hint=nearest(name, known))
+        if name.replace("_", "-") not in alike:
+            raise UsageError(f"There is no attack {printable(name, 40)!r}.", hint=nearest(name, known))
     if settings.attack:
-        return [known[name] for name in settings.attack]
+        return [alike[name.replace("_", "-")] for name in settings.attack]
     return [attack for attack in known.values() if attack.default]
 
 

@@ -7,7 +7,7 @@ from functools import cache
 
 from splitfl.audit.attack import Attack
 
-_FILES: tuple[str, ...] = ("map_decode", "nearest", "opt_invert")
+_FILES: tuple[str, ...] = ("map_decode", "nearest", "opt_invert", "grad_decode")
 """Modules of this folder with an `ATTACK` or several `ATTACKS`; imported when they are asked for."""
 
 
