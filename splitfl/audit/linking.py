@@ -19,7 +19,7 @@ import torch
 from splitfl.audit.view import Noise, Sent
 
 _DRIFT = 0.25
-"""Share of a state's squared norm that tuning may move between two sends of a row."""
+"""Share that tuning may move between two sends of a row, of a state's squared distance from the mean of all states."""
 _SURE = 4.0
 """Standard deviations by which a position may differ."""
 
@@ -46,7 +46,8 @@ def linked(sent: Sequence[Sent], noise: Noise | None = None) -> tuple[tuple[int,
     for each in sent:
         by_length[len(each.hidden)].append(each)
     variance = _variance(by_length, noise or Noise())
-    groups = [group for some in by_length.values() for group in _grouped(some, variance)]
+    mean = torch.cat([each.hidden for each in sent]).mean(0) if sent else torch.zeros(0)
+    groups = [group for some in by_length.values() for group in _grouped(some, variance, mean)]
     return tuple(sorted(groups))
 
 
@@ -71,9 +72,9 @@ def releases(sent: Sequence[Sent], noise: Noise, *, latest: bool = False) -> lis
     return found
 
 
-def _grouped(some: Sequence[Sent], variance: float) -> list[tuple[int, ...]]:
+def _grouped(some: Sequence[Sent], variance: float, mean: torch.Tensor) -> list[tuple[int, ...]]:
     """Groups within the sends of one length."""
-    pairs = sorted(_pairs(some, variance))
+    pairs = sorted(_pairs(some, variance, mean))
     group = {each.number: {each.number} for each in some}
     steps = {each.number: {each.step} for each in some}
     for _, one, other in pairs:
@@ -86,7 +87,7 @@ def _grouped(some: Sequence[Sent], variance: float) -> list[tuple[int, ...]]:
     return [tuple(sorted(each)) for each in {id(each): each for each in group.values()}.values()]
 
 
-def _pairs(some: Sequence[Sent], variance: float) -> list[tuple[float, int, int]]:
+def _pairs(some: Sequence[Sent], variance: float, mean: torch.Tensor) -> list[tuple[float, int, int]]:
     """Mean squared distance of each pair that may be one row, and its numbers."""
     found = []
     for index, each in enumerate(some[:-1]):
@@ -96,7 +97,7 @@ def _pairs(some: Sequence[Sent], variance: float) -> list[tuple[float, int, int]
         others = torch.stack([other.hidden for other in rest])
         width = each.hidden.shape[1]
         away = ((others - each.hidden) ** 2).sum(-1)  # [pairs, T]
-        own = (each.hidden**2).sum(-1) - width * variance
+        own = ((each.hidden - mean) ** 2).sum(-1) - width * variance
         own = own.clamp_min(0.1 * float(own.clamp_min(0).mean()))
         allowed = 2 * width * variance + 2 * variance * _SURE * math.sqrt(2 * width) + _DRIFT * own
         for other, distance, fits in zip(rest, away.mean(1).tolist(), (away <= allowed).all(1).tolist(), strict=True):

@@ -17,8 +17,9 @@ from splitfl.audit.bottom import Bottom
 
 _ROW = 64
 _BATCH = 16
-_TOKENS = 200_000
-"""About as many tokens are put through the bottom, each of the vocabulary at least twice and at most six times."""
+_FEW, _MANY = 1 << 14, 200_000
+"""Tokens put through the bottom: each of the vocabulary at least twice, six times where that is not more than the
+second figure, and more often where six times is less than the first."""
 
 
 class Proposals:
@@ -28,12 +29,11 @@ class Proposals:
         bottom: the bottom as the attacker has it.
         seed: of the random ids.
         places: longest row to make; models with absolute positions allow no more than theirs.
-        auxiliary: token ids of the attacker's own text: contexts for the covariance, and for the tokens it has.
     """
 
     def __init__(self, bottom: Bottom, *, seed: int = 0, places: int = _ROW) -> None:
         count = len(bottom.embeddings)
-        times = max(2, min(6, _TOKENS // count))
+        times = max(2, min(6, _MANY // count), _FEW // count)
         sums, scatter, seen = _collect(bottom, times, max(2, min(places, _ROW)), seed)
         self.means = sums / times
         """[V, D]: mean hidden state of each token."""

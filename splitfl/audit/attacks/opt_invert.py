@@ -2,9 +2,10 @@
 
 From a first guess, `refine` moves embeddings freely to minimise the mean of 1 - cos(f(e), h) over positions (BiSR,
 arXiv 2409.00960, forward stage; AdamW, 600 steps), then relaxes each position to a mixture of tokens, softmax(z / T) E
-with T falling from 0.2 to 0.05 (Song and Raghunathan, CCS 2020, arXiv 2004.00053), and reads tokens off. Every
+with T falling from 0.2 to 0.05 (Song and Raghunathan, CCS 2020, arXiv 2004.00053), and reads tokens off. Last it swaps
+single tokens for those that gradient or discriminant likes (the gradient's choice: HotFlip, arXiv 1712.06751). Every
 read-out is put through the bottom again, and the best of a row is kept, the first guess included: the attacker can tell
-which fits better. Neither stage needs causality, so that encoders are read too.
+which fits better. No stage needs causality, so that encoders are read too.
 
 Legend: B rows, T positions, D width of the cut, E width of the embeddings, V vocabulary.
 """
@@ -32,11 +33,16 @@ _LOOK = 50
 """Steps between two looks at what would be read."""
 _WARM, _COLD = 0.2, 0.05
 _BATCH = 8
+_SWEEPS, _TRIED = {"quick": 6, "default": 12}, 8
+"""Sweeps over a row's positions, and tokens of each kind that are tried at each."""
+_AT_ONCE = 1 << 14
+"""Positions put through the bottom at a time."""
 
 
 def refine(
     bottom: Bottom, hidden: Sequence[torch.Tensor], init_ids: Sequence[torch.Tensor], steps: int = 600, *,
-    learning_rate: float = 1e-3, relax: bool = True,
+    learning_rate: float = 1e-3, relax: bool = True, sweeps: int = 12,
+    likely: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Better token ids for rows than a first guess.
 
@@ -48,6 +54,8 @@ def refine(
             when what would be read has not got better for four looks.
         learning_rate: of the continuous stage, for embeddings whose numbers are about 0.02; larger for larger ones.
         relax: whether the relaxation follows.
+        sweeps: of swaps over all positions of a row, at most.
+        likely: tokens [T, N] to try at each position of each row, beside those of the gradient.
 
     Returns:
         Token ids [T] of each row; never a worse fit to `hidden`, by mean cosine, than `init_ids`.
@@ -61,9 +69,57 @@ def refine(
         batch.continuous(steps, max(learning_rate, learning_rate * size / 0.02))
         if relax:
             batch.relaxed(steps // 2)
-        for row, ids in zip(rows, batch.ids, strict=True):
-            found[row] = ids[: len(hidden[row])]
+        for place, row in enumerate(rows):
+            ids = batch.ids[place, : len(hidden[row])]
+            found[row] = _swapped(bottom, hidden[row], ids, sweeps, None if likely is None else likely[row])
     return found
+
+
+def _swapped(
+    bottom: Bottom, hidden: torch.Tensor, ids: torch.Tensor, sweeps: int, likely: torch.Tensor | None
+) -> torch.Tensor:
+    """`ids` [T] with single tokens swapped for better ones, as long as that helps."""
+    table, places = bottom.embeddings, torch.arange(len(ids))
+    best, ids = float("inf"), ids.clone()
+    for _ in range(sweeps):
+        free = table[ids].clone().requires_grad_(True)
+        away = 1 - functional.cosine_similarity(bottom(inputs_embeds=free[None])[0], hidden, dim=-1)
+        if bool((away <= _FITS).all()):
+            break
+        (slope,) = torch.autograd.grad(away.mean(), free)
+        tried = (-slope @ table.T).topk(min(_TRIED, len(table)), dim=1).indices
+        if likely is not None:
+            tried = torch.cat([tried, likely], dim=1)
+        misfit = _misfits(bottom, hidden, ids, tried)
+        best = float(away.mean().detach())
+        gain = best - misfit.amin(1)
+        if float(gain.max()) <= 1e-9:
+            break
+        # All that help by themselves, together; else half of them, down to the best alone, which is known to help.
+        order = gain.argsort(descending=True)[: int((gain > 1e-9).sum())]
+        choice = tried[places, misfit.argmin(1)]
+        while len(order):
+            changed = ids.clone()
+            changed[order] = choice[order]
+            if len(order) == 1 or float(_misfits(bottom, hidden, changed, changed[:1, None])[0, 0]) < best:
+                ids = changed
+                break
+            order = order[: (len(order) + 1) // 2]
+    return ids
+
+
+@torch.no_grad()
+def _misfits(bottom: Bottom, hidden: torch.Tensor, ids: torch.Tensor, tried: torch.Tensor) -> torch.Tensor:
+    """Mean of 1 - cos over a row [T', N] for each of `tried` [T', N] alone in the place of the token that stands there;
+    T' up to T."""
+    count, width = tried.shape
+    rows = ids.repeat(count * width, 1)
+    rows[torch.arange(count * width), torch.arange(count).repeat_interleave(width)] = tried.flatten()
+    found = []
+    for part in rows.split(max(1, _AT_ONCE // len(ids))):
+        states = bottom(inputs_embeds=bottom.embeddings[part])
+        found.append((1 - functional.cosine_similarity(states, hidden[None], dim=-1)).mean(1))
+    return torch.cat(found).view(count, width)
 
 
 class _Batch:
@@ -148,23 +204,34 @@ def run(view: View) -> Guesses:
         bottom = open_bottom(view)
         rows = releases(view.sent, view.noise, latest=view.knowledge == Knowledge.EXACT)
         proposals = Proposals(bottom, seed=view.seed)
-        guesses = [_first(view, proposals, row) for row in rows]
+        likely = [_likely(view, proposals, row) for row in rows]
+        guesses = [each[:, 0] for each in likely]
         fits = [_fit(bottom, row, ids) for row, ids in zip(rows, guesses, strict=True)]
     order = sorted((each for each in range(len(rows)) if fits[each] > _FITS), key=lambda each: -fits[each])
     chosen = sorted(order[: _ROWS[view.effort]], key=lambda each: len(rows[each].hidden))
     for start in range(0, len(chosen), _BATCH):
         some = chosen[start : start + _BATCH]
         hidden, init = [rows[each].hidden for each in some], [guesses[each] for each in some]
-        for each, ids in zip(some, refine(bottom, hidden, init, STEPS[view.effort]), strict=True):
+        refined = refine(
+            bottom,
+            hidden,
+            init,
+            STEPS[view.effort],
+            sweeps=_SWEEPS[view.effort],
+            likely=[likely[each] for each in some],
+        )
+        for each, ids in zip(some, refined, strict=True):
             guesses[each] = ids
         view.progress((start + len(some)) / len(chosen))
     found = {number: ids for row, ids in zip(rows, guesses, strict=True) for number in row.numbers}
     return Guesses(tokens=found, notes={"rows read": float(len(rows)), "rows refined": float(len(chosen))})
 
 
-def _first(view: View, proposals: Proposals, row: Release) -> torch.Tensor:
+def _likely(view: View, proposals: Proposals, row: Release) -> torch.Tensor:
+    """The discriminant's first tokens of each position [T, N]."""
     factor = record_factor(view.noise, len(row.hidden) * proposals.energy)
-    return proposals.guess(row.hidden / factor, row.variance / factor**2)
+    scores = proposals.scores(row.hidden / factor, row.variance / factor**2)
+    return scores.topk(min(_TRIED, scores.shape[1]), dim=1).indices
 
 
 def _fit(bottom: Bottom, row: Release, ids: torch.Tensor) -> float:
