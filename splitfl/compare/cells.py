@@ -66,7 +66,9 @@ class Cell:
         protocol = self.protocol
         parts: tuple[object, ...] = () if protocol is None else (protocol.use, dict(protocol.options))
         mechanism = (self.mechanism.size, dict(self.mechanism.options))
-        course = (grid.course.parties, grid.course.distil_steps, grid.course.quick_distil_steps)
+        told = grid.course
+        course = [told.parties, told.distil_steps, told.quick_distil_steps, told.attacks]
+        course += [told.quick_records, told.quick_knowledge] if self.quick else [told.records, told.knowledge]
         return grid.digest(self.name, self.task, self.quick, course, *parts, *mechanism)
 
 

@@ -109,7 +109,7 @@ def _run_all(
     grounds.prepare_keys()
     bench = Bench(
         grid=grid, grounds=grounds, out=settings.out.resolve(), audit=settings.audit, keep=settings.keep,
-        device=settings.device,
+        device=settings.device, quick=settings.quick,
     )  # fmt: skip
     with UtilityCourse(len(left), "compare") as course:
         for sentence in missing:

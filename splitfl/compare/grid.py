@@ -52,6 +52,11 @@ class Course(Settings):
     parties: Annotated[int, "Parties of a federation; they share the training rows evenly.", at_least(2)] = 3
     distil_steps: Annotated[int, "Steps of distillation of an emulator.", at_least(0)] = 200
     quick_distil_steps: Annotated[int, "The same with --quick.", at_least(0)] = 40
+    records: Annotated[int, "Rows that `splitfl audit` attacks of a run.", at_least(1)] = 100
+    quick_records: Annotated[int, "The same with --quick.", at_least(1)] = 12
+    knowledge: Annotated[tuple[str, ...], "What the attackers know: K0 to K3.", NOT_EMPTY] = ("K1", "K3")
+    quick_knowledge: Annotated[tuple[str, ...], "The same with --quick.", NOT_EMPTY] = ("K1",)
+    attacks: Annotated[tuple[str, ...], "Attacks of `splitfl audit`. Default: all that fit.", NOT_EMPTY] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ _MAIN = ("token recovery", "answer recovery", "class accuracy", "AUC", "bag F1")
 
 
 def attack_run(
-    run: Path, model: Path, rows: Mapping[str, Path], sends: Sequence[str], folder: Path, *, causal: bool
+    run: Path, model: Path, rows: Mapping[str, Path], sends: Sequence[str], folder: Path, options: Sequence[str]
 ) -> tuple[list[Attacked], str]:
     """Attack every channel of a run that there is an attack for.
 
@@ -38,7 +38,7 @@ def attack_run(
         rows: files of ``members`` and ``others``.
         sends: tensors that leave.
         folder: for logs.
-        causal: whether the model is a language model.
+        options: of `splitfl audit`: which rows, attacks and knowledge.
 
     Returns:
         What each attack came to, and what was not attacked and why: an audit that fails does not undo a run.
@@ -46,7 +46,7 @@ def attack_run(
     found: list[Attacked] = []
     missing: list[str] = []
     if any(tensor in RECORDED for tensor in sends):
-        _note(found, missing, "activations", lambda: _audit(run, model, folder, causal=causal))
+        _note(found, missing, "activations", lambda: _audit(run, folder, options))
     if any(tensor in RELEASED for tensor in sends):
         _note(found, missing, "the adapter", lambda: _membership(run, model, rows, folder))
     if "logits" in sends:
@@ -68,12 +68,10 @@ def _note(found: list[Attacked], missing: list[str], channel: str, attack: Any) 
 # ---- what was recorded
 
 
-def _audit(run: Path, model: Path, folder: Path, *, causal: bool) -> list[Attacked]:
+def _audit(run: Path, folder: Path, options: Sequence[str]) -> list[Attacked]:
     file = folder / "audit.json"
-    words = ["splitfl", "audit", str(run), "--quick", "--no-texts", "--threads", "1", "--json", str(file)]
-    if causal:  # an owner has it
-        words += ["--model", str(model)]
-    run_to_end(words, log=folder / "audit.log", limit_s=_LIMIT_S)
+    words = ["splitfl", "audit", str(run), "--no-texts", "--threads", "1", "--json", str(file)]
+    run_to_end([*words, *options], log=folder / "audit.log", limit_s=_LIMIT_S)
     return read_audit(json.loads(file.read_text(encoding="utf-8"))["results"])
 
 

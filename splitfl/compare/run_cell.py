@@ -63,6 +63,7 @@ class Bench:
     audit: bool
     keep: bool
     device: str
+    quick: bool
 
 
 @contextmanager
@@ -343,9 +344,20 @@ def audited(bench: Bench, ground: Ground, run: Path, folder: Path, outcome: Outc
     if not bench.audit:
         return replace(outcome, not_attacked="not asked for")
     rows = {"members": ground.rows.train, "others": ground.rows.held_out}
-    causal = not ground.classifies
-    attacks, why = attack_run(run, ground.place.model, rows, outcome.sends, folder, causal=causal)
+    options = audit_options(bench, ground)
+    attacks, why = attack_run(run, ground.place.model, rows, outcome.sends, folder, options)
     return replace(outcome, attacks=tuple(attacks), not_attacked=why)
+
+
+def audit_options(bench: Bench, ground: Ground) -> list[str]:
+    """Options of `splitfl audit`: an owner of a language model has the whole of it."""
+    course = bench.grid.course
+    count, known = (course.records, course.knowledge)
+    if bench.quick:
+        count, known = course.quick_records, course.quick_knowledge
+    words = ["--quick", "--records", str(count), *(word for name in known for word in ("--knowledge", name))]
+    words += [word for name in course.attacks for word in ("--attack", name)]
+    return words if ground.classifies else [*words, "--model", str(ground.place.model)]
 
 
 def mean_of(figures: list[dict[str, float]]) -> dict[str, float]:
