@@ -6,15 +6,6 @@ from splitfl.errors import RefusedError, UnreachableError, printable
 from splitfl.wire.messages import Refused
 
 
-def closed() -> RefusedError:
-    """The owner has said that it closes the session."""
-    return RefusedError(
-        "The owner has closed the session.",
-        code="draining",
-        hint="start again with --resume once the owner is back",
-    )
-
-
 def as_error(refused: Refused) -> RefusedError:
     """A refusal as the exception that the party's caller sees; the owner's words are escaped."""
     problem = f"The owner refused: {printable(refused.problem)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -10,7 +12,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from splitfl.errors import RefusedError
+from splitfl.errors import RefusedError, UnreachableError
 from splitfl.link import TrunkRequest
 from splitfl.wire.messages import Bye, Closed, Forward, Release, Welcome
 from tests.live.owner import PARTIES
@@ -207,13 +209,46 @@ def test_an_expired_session_gives_everything_back_and_opens_again_by_itself(trun
         assert owner.budget.used == 0
         assert torch.equal(session.forward(TrunkRequest(hidden=hidden, cache=1))[0], expected)
         owner.until(lambda: not owner.server.table)
-        with pytest.raises(RefusedError) as refused:
-            session.forward(TrunkRequest(hidden=hidden[:, :1], cache=1, past=6))
-        assert refused.value.code == "unknown_cache"
+        # The cache is gone, and is filled again with what filled it.
+        output, _ = session.forward(TrunkRequest(hidden=hidden[:, :1], cache=1, past=6))
+        assert torch.equal(output, continued(trunk, hidden, hidden[:, :1])[-1])
         owner.until(lambda: not owner.server.table)
         back = session.backward(step, hidden)
         _, kept = trunk.forward_kept(TrunkRequest(hidden=hidden), recompute=False)
         assert torch.equal(back, trunk.backward(kept, hidden))
+
+
+def continued(trunk, *parts, orders=()):
+    """Outputs of `parts` put one behind the other into one cache of the trunk's own; `orders` moves its rows before."""
+    cache, past, outputs = trunk.new_cache(), 0, []
+    for part, order in itertools.zip_longest(parts, orders):
+        outputs.append(trunk.forward(TrunkRequest(hidden=part, cache=1, past=past, rows=order), cache))
+        past += part.shape[1]
+    return outputs
+
+
+def test_a_generation_goes_on_at_an_owner_that_has_forgotten_it(trunk, tmp_path, hidden):
+    parts = [hidden, *(hidden[:, n : n + 1] for n in range(4))]
+    orders = [None, None, (1, 0), None, (0, 0)]
+    expected = continued(trunk, *parts, orders=orders)
+    with serving(trunk, tmp_path) as owner, closing(owner.session()) as session:
+        past, crossed = 0, []
+        session.tap = lambda way, frames: crossed.append([bytes(f) for f in frames]) if way == "sent" else None
+        for number, (part, order) in enumerate(zip(parts, orders, strict=True)):
+            if number in (1, 4):
+                owner.do(lambda: [owner.server._end(held) for held in owner.server.table])
+            output, _ = session.forward(TrunkRequest(hidden=part, cache=1, past=past, rows=order))
+            assert torch.equal(output, expected[number])
+            past += part.shape[1]
+        forwards = [frames for frames in crossed if len(frames) > 1]
+        assert len(forwards) > len(parts)
+        assert len({tuple(frames) for frames in forwards}) == len(parts), "a row crossed as other bytes than before"
+        session.release(caches=(1,))
+        session.forward(TrunkRequest(hidden=hidden))
+        owner.do(lambda: [owner.server._end(held) for held in owner.server.table])
+        with pytest.raises(RefusedError) as refused:  # what was given back is not kept for anybody
+            session.forward(TrunkRequest(hidden=hidden[:, :1], cache=1, past=past))
+        assert refused.value.code == "unknown_cache"
 
 
 # ---- what is under way when a session ends
@@ -314,17 +349,17 @@ def test_stopping_answers_what_is_under_way_and_refuses_the_rest(trunk, tmp_path
             other.refused("malformed")
         output, _ = asking.join().result
         assert torch.equal(output, trunk.forward(TrunkRequest(hidden=hidden)))
-        with pytest.raises(RefusedError) as refused:
-            session.forward(TrunkRequest(hidden=hidden))
-        assert refused.value.code == "draining"
         assert isinstance(other.answer(), Closed)
         other.greeted.clear()
+        session.timeout_s = 1.0
+        with pytest.raises(UnreachableError):
+            session.forward(TrunkRequest(hidden=hidden))  # it waits for the owner to come back
         owner.join()
     assert owner.budget.used == 0
 
 
 def test_stopping_twice_does_not_wait(trunk, tmp_path, hidden):
-    with serving(trunk, tmp_path) as owner, closing(owner.session()) as session:
+    with serving(trunk, tmp_path) as owner, closing(owner.session(timeout_s=3.0)) as session:
         with owner.busy():
             asking = Asking(session.forward, TrunkRequest(hidden=hidden))
             owner.until(lambda: any(held.under_way for held in owner.server.table))
@@ -333,8 +368,52 @@ def test_stopping_twice_does_not_wait(trunk, tmp_path, hidden):
             assert len(owner.held()) == 1
             owner.stop()
             owner.until(lambda: not owner.server.table)
-            assert asking.join().error.code == "draining"
+            assert isinstance(asking.join().error, UnreachableError)
         owner.join()
+
+
+@pytest.mark.parametrize("when", ["between steps", "in the middle of a step"])
+def test_a_rolling_restart_ends_no_training(kit, trunk, undisturbed, tmp_path, when):
+    owners = contextlib.ExitStack()
+    first = owners.enter_context(serving(trunk, tmp_path))
+
+    def restart():
+        first.stop()
+        first.join()
+        owners.enter_context(serving(trunk, tmp_path, bind=first.address))
+
+    with owners, closing(first.session()) as session:
+        model = prepare(kit, session)
+        if when == "between steps":
+            result = run(model, before_step=lambda step: restart() if step == 2 else None)
+        else:
+            with first.busy():
+                asking = Asking(run, model)
+                first.until(lambda: any(held.under_way for held in first.server.table))
+                first.stop()
+                first.until(lambda: first.server._draining)
+            first.join()
+            owners.enter_context(serving(trunk, tmp_path, bind=first.address))
+            result = asking.join().result
+        result.assert_equals(undisturbed)
+        assert session.openings >= 1
+
+
+def test_a_party_without_room_waits_for_it(trunk, tmp_path, hidden):
+    with (
+        serving(trunk, tmp_path, budget=2_000, recompute=True) as owner,
+        closing(owner.session(PARTIES[0])) as one,
+        closing(owner.session(PARTIES[1])) as two,
+    ):
+        expected, step = one.forward(TrunkRequest(hidden=hidden[:, :3], keep=True))
+        asking = Asking(two.forward, TrunkRequest(hidden=hidden, keep=True))
+        owner.until(lambda: owner.server.counters.refusals.get("busy", 0) >= 2)
+        one.backward(step, hidden[:, :3])
+        assert torch.equal(asking.join().result[0][:, :3], expected)
+        two.timeout_s = 0.4
+        with pytest.raises(RefusedError) as refused:
+            two.forward(TrunkRequest(hidden=hidden.repeat(4, 1, 1), keep=True))
+        assert refused.value.code == "busy"
 
 
 def test_an_owner_with_nothing_to_do_stops_at_once(trunk, tmp_path):
