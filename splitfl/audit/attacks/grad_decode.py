@@ -191,14 +191,18 @@ class _Tail:
     """
 
     def __init__(self, top: Top, state: torch.Tensor) -> None:
-        self._run, self._state = lambda hidden: top.tail(hidden[None])[0], state
+        self._state = state.clone().requires_grad_(True)
+        with torch.enable_grad():
+            self._logits = top.tail(self._state[None])[0]
+            # J^T u is linear in u: its own derivative along v, taken backwards, is J v.
+            self._pulls = torch.zeros_like(self._logits, requires_grad=True)
+            (self._pulling,) = torch.autograd.grad(self._logits, self._state, self._pulls, create_graph=True)
         with torch.no_grad():
-            logits, self._backward = torch.func.vjp(self._run, state)
-            self.log_shares = logits.log_softmax(-1)
+            self.log_shares = self._logits.detach().log_softmax(-1)
             self.shares = self.log_shares.exp()
-            (self._pulled,) = self._backward(self.shares)
+            self._pulled = self._backward(self.shares)
             draws = torch.Generator().manual_seed(0)
-            spread = torch.zeros_like(logits)
+            spread = torch.zeros_like(self.shares)
             for _ in range(_PROBES):
                 spread += self._forward(torch.randn(state.shape, generator=draws)).square() / _PROBES
             square = self._pulled.square().sum(-1, keepdim=True) - 2 * self._forward(self._pulled) + spread
@@ -223,11 +227,15 @@ class _Tail:
         return Decoded(labels=some.gather(1, best)[:, 0], cosine=cosines.gather(1, best)[:, 0], norm=norm)
 
     def _forward(self, direction: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.func.jvp(self._run, (self._state,), (direction,))[1]
+        (result,) = torch.autograd.grad(self._pulling, self._pulls, direction, retain_graph=True)
+        return result
+
+    def _backward(self, cotangent: torch.Tensor) -> torch.Tensor:
+        (result,) = torch.autograd.grad(self._logits, self._state, cotangent, retain_graph=True)
         return result
 
     def _cosine(self, gradient: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        (made,) = self._backward(self.shares - one_hot(labels, self.shares.shape[-1]))
+        made = self._backward(self.shares - one_hot(labels, self.shares.shape[-1]))
         return cosine_similarity(made, gradient, dim=-1)
 
 

@@ -96,7 +96,7 @@ def read_update(
     update: Update, model: PreTrainedModel, stack: str, inputs: dict[str, torch.Tensor]
 ) -> tuple[tuple[int, ...], dict[str, float]]:
     """The bag of tokens of an update, without repeats, and figures; `inputs` keeps what was worked out for a module."""
-    votes: list[torch.Tensor] = []
+    votes: list[tuple[int, torch.Tensor]] = []
     ranks, vacuous = [], 0
     for name, factors in _first_layer(update, stack).items():
         if name not in inputs:
@@ -107,11 +107,13 @@ def read_update(
             if span.vacuous or not span.rank:
                 vacuous += 1
                 continue
-            votes.append(span.distance < _INSIDE[letter])
+            votes.append((span.rank, span.distance < _INSIDE[letter]))
     figures = {"tests": float(len(votes)), "vacuous": float(vacuous), "largest rank": float(max(ranks, default=0))}
     if not votes:
         return (), figures
-    found = torch.stack(votes).all(0).nonzero()[:, 0]
+    # Queries of the first position have no gradient: only tests that see the most tokens see all.
+    widest = max(rank for rank, _ in votes)
+    found = torch.stack([inside for rank, inside in votes if rank == widest]).all(0).nonzero()[:, 0]
     return tuple(found.tolist()), figures
 
 
