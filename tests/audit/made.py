@@ -20,6 +20,7 @@ from party.protect import Guard, Protection
 from splitfl.adapters import add_lora, lora_config, save_adapter
 from splitfl.audit.truth import TrueRow
 from splitfl.audit.view import Guesses, Knowledge, Noise, Sent, View
+from splitfl.cut import Task
 from splitfl.data import Collator, load_rows, tokenise
 from splitfl.demo import assets
 from splitfl.kit import Kit, open_kit, write_kit
@@ -30,6 +31,7 @@ from tests.families import CAUSAL, VOCAB, save_model
 
 EMBEDDED = assets() / "model"
 HOSPITAL = assets() / "data" / "hospital.train.jsonl"
+SENTIMENT = assets() / "data" / "sentiment.train.csv"
 CLINIC = assets() / "data" / "clinic.train.jsonl"
 Example = dict[str, Any]
 
@@ -108,6 +110,7 @@ def make(
     steps: int = 0, epochs: int = 1, tuning: bool = False, training: bool = True, hidden: Mechanism | None = None,
     gradient: Mechanism | None = None, source: Path = HOSPITAL, skip: int = 0, learning_rate: float = 1e-3,
     max_length: int = 192, lora: dict[str, Any] | None = None, examples: Sequence[Example] | None = None,
+    task: Task | None = None,
 ) -> Made:  # fmt: skip
     """Traffic of a party.
 
@@ -130,12 +133,13 @@ def make(
         max_length: of an example; longer ones are cut.
         lora: arguments of `lora_config`, and ``seed``; r=8 on all linear modules, seed 0, unless given.
         examples: instead of rows of `source`.
+        task: of the kit; by the family unless given.
     """
     encoder = isinstance(model, str) and model not in CAUSAL
     made_up = isinstance(model, str)
     if isinstance(model, str):
         model = save_model(model, folder / "model")
-    task = "sequence-classification" if encoder else "causal-lm"
+    task = task or ("sequence-classification" if encoder else "causal-lm")
     write_kit(model, folder / "kit", bottom=bottom, top=top, dtype="float32", task=task)
     kit = open_kit(folder / "kit")
     if examples is None:

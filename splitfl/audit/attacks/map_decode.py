@@ -173,7 +173,7 @@ class _Reading:
             log_p = work.prior.log_probabilities(len(self.row))[:, : likely.shape[1]]
             likely = likely + log_p
         order = likely.topk(min(work.tried, likely.shape[1]), dim=1).indices
-        states = self._states(place, order)
+        states = self._crossed(self._states(place, order), target)
         if work.width == 1:
             order, states = self._widened(place, target, likely, order, states)
         return order, states, log_p.gather(1, order)
@@ -186,6 +186,10 @@ class _Reading:
         assert self.work.first is not None  # noqa: S101
         variance = self.work.variance(float(self.known.max()))
         return -(torch.cdist(target, self.work.first * factor.mean()) ** 2) / (2 * variance)
+
+    def _crossed(self, states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Of `states` [H, N, D], the numbers that `topk` let through at this position; the others came as zeros."""
+        return states * (target != 0)[:, None] if "topk" in self.work.noise.name else states
 
     def _states(self, place: int, tokens: torch.Tensor) -> torch.Tensor:
         if place == 0:
@@ -206,7 +210,7 @@ class _Reading:
             for index in misfits.split(1 if size > 64 else 32) if len(misfits) else ():
                 few = self.stepper.only(index)
                 more = likely[index].topk(size, dim=1).indices
-                seen = few.states(more)
+                seen = self._crossed(few.states(more), target[index])
                 work.queries += few.queries
                 work.widened += len(index) * (size == likely.shape[1])
                 away = (seen - target[index, None]).norm(dim=-1)
