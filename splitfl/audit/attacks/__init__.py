@@ -7,7 +7,16 @@ from functools import cache
 
 from splitfl.audit.attack import Attack
 
-_FILES: tuple[str, ...] = ("map_decode", "nearest", "opt_invert", "grad_decode")
+_FILES: tuple[str, ...] = (
+    "map_decode",
+    "nearest",
+    "opt_invert",
+    "sip",
+    "bisr",
+    "grad_decode",
+    "attribute",
+    "update_invert",
+)
 """Modules of this folder with an `ATTACK` or several `ATTACKS`; imported when they are asked for."""
 
 

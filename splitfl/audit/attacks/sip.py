@@ -30,7 +30,7 @@ UNITS, DROPOUT = 256, 0.1
 RATE, DECAY = 1e-3, 1e-5
 _BATCH, _PATIENCE = 8, 3
 _EPOCHS = {"quick": 6, "default": 20}
-_SECONDS = {"quick": 20.0, "default": 140.0}
+_SECONDS = {"quick": 15.0, "default": 130.0}
 """Most time that teaching may take."""
 _RANDOM_ROWS, _RANDOM_LENGTH = 400, 64
 _HELD_OUT = 10
