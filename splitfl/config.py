@@ -350,11 +350,12 @@ class DemoSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings(OffsiteSettings):
     """Measure speed and size (split), what protection costs (utility), what offsite tuning is worth (offsite), the
-    rules of combining adapters (rules), masked and encrypted sums (aggregation), rounds over sockets (rounds), or
-    the three federated designs (frameworks)."""
+    rules of combining adapters (rules), masked and encrypted sums (aggregation), rounds over sockets (rounds),
+    the three federated designs (frameworks), or attacks on cases whose outcome is known (audit)."""
 
     name: Annotated[
-        str, typer.Argument(help="Which to run: split, utility, offsite, rules, aggregation, rounds or frameworks.")
+        str,
+        typer.Argument(help="Which to run: split, utility, offsite, rules, aggregation, rounds, frameworks or audit."),
     ]
     models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", NOT_EMPTY] = ("S", "M", "L")
     shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", SHAPE] = ("8x128", "4x512")

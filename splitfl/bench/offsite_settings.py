@@ -14,7 +14,7 @@ from splitfl.options import Panel, at_least
 
 OFFSITE = Panel("splitfl bench offsite")
 _RUNS = ("split", "utility", "offsite", "rules")
-BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks")
+BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit")
 
 _SHARED = {
     "name": BENCHMARKS, "json": BENCHMARKS, "resume": _RUNS, "cache": ("split", "offsite"),
