@@ -43,8 +43,9 @@ federate() (
     while [ "$1" != -- ]; do parties+=("$1"); shift; done
     shift
     [ ${#parties[@]} -ge 3 ] || sum=plain      # a sum of two hides nothing from either, and of one nothing at all
-    mkdir -p "$name"
-    splitfl federate --bind tcp://127.0.0.1:0 --key keys/coordinator.key_secret --parties parties \
+    mkdir -p "$name/parties"                   # the coordinator waits for all that may come
+    for party in "${parties[@]}"; do cp "parties/$party.key" "$name/parties/"; done
+    splitfl federate --bind tcp://127.0.0.1:0 --key keys/coordinator.key_secret --parties "$name/parties" \
         --state "$name/state" --rounds "$rounds" --rule "$rule" --sum "$sum" --min-parties ${#parties[@]} --wait 300 \
         --json "$name/rounds.json" >"$name/coordinator.ready" 2>"$name/coordinator.log" &
     running+=($!)
@@ -52,7 +53,7 @@ federate() (
     wait_ready "$name/coordinator.ready"
     for party in "${parties[@]}"; do
         splitfl tune --config "$settings" --federate "$address" --coordinator-key keys/coordinator.key \
-            --key "keys/$party.key_secret" --peers parties --rule "$rule" --sum "$sum" --ledger ledger.sqlite \
+            --key "keys/$party.key_secret" --peers "$name/parties" --rule "$rule" --sum "$sum" --ledger ledger.sqlite \
             --train "rows/$party.train.jsonl" --eval "rows/$party.held.jsonl" --out "$name/$party" --threads 1 \
             --json "$name/$party.json" "$@" 2>"$name/$party.log" >"$name/$party.out" &
         running+=($!)

@@ -45,16 +45,18 @@ class Whole:
         examples = tokenise(found, self.tokenizer, max_length=max_length, truncation="right")
         return evaluate(model, examples, self.collator, task=task, batch_size=8)
 
-    def classes(self, model: Any, texts: Sequence[str], *, max_length: int) -> list[int]:
-        """The likeliest class of each text."""
-        found: list[int] = []
+    def classes(
+        self, model: Any, texts: Sequence[str], *, max_length: int, offsets: Sequence[float] | None = None
+    ) -> list[int]:
+        """The likeliest class of each text, by its logits plus `offsets`."""
+        found, more = list[int](), 0.0 if offsets is None else torch.tensor(offsets)
         with torch.no_grad():
             for start in range(0, len(texts), 32):
                 batch = self.tokenizer(
                     list(texts[start : start + 32]), truncation=True, max_length=max_length, padding=True,
                     return_tensors="pt",
                 )  # fmt: skip
-                found += model(**batch).logits.argmax(-1).tolist()
+                found += (model(**batch).logits + more).argmax(-1).tolist()
         return found
 
     def answers(self, model: Any, prompts: Sequence[str], *, max_new_tokens: int, batch: int = 12) -> list[str]:
