@@ -6,7 +6,7 @@ V outputs of the head: the vocabulary, or the classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Top:
             hook.remove()
             self._put(self._own)
 
-    def _put(self, layers: dict[int, nn.Module]) -> None:
+    def _put(self, layers: Mapping[int, nn.Module]) -> None:
         for index, layer in layers.items():
             self._layers[index] = layer
 

@@ -247,7 +247,8 @@ class _Course:
     ) -> dict[str, float]:
         """Train `tuned` for `share` of the time; the best weights on held-out text are kept."""
         optimiser = torch.optim.Adam(tuned, lr=RATE, weight_decay=DECAY)
-        end, best, idle = time.monotonic() + share * self.seconds, (-1.0, {}), 0
+        end, idle = time.monotonic() + share * self.seconds, 0
+        best: tuple[float, dict[str, torch.Tensor]] = (-1.0, {})
         for _epoch in range(self.epochs):
             network.train()
             order = torch.randperm(len(self.own), generator=self._draws).tolist()
