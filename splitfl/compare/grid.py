@@ -57,6 +57,7 @@ class Course(Settings):
     knowledge: Annotated[tuple[str, ...], "What the attackers know: K0 to K3.", NOT_EMPTY] = ("K1", "K3")
     quick_knowledge: Annotated[tuple[str, ...], "The same with --quick.", NOT_EMPTY] = ("K1",)
     attacks: Annotated[tuple[str, ...], "Attacks of `splitfl audit`. Default: all that fit.", NOT_EMPTY] = ()
+    quick_attacks: Annotated[tuple[str, ...], "The same with --quick.", NOT_EMPTY] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,8 @@ class Grounds:
 
     def _folder(self, cell: Cell) -> Path:
         size = "quick" if cell.quick else "full"
-        digest = self.grid.digest(cell.task, cell.cut, self.grid.course)
+        course = self.grid.course
+        digest = self.grid.digest(cell.task, cell.cut, course.parties, course.distil_steps, course.quick_distil_steps)
         return self.out / "grounds" / f"{cell.data}-{cell.cut.replace('+', '-')}-{size}-{digest}"
 
     def _lock_of(self, folder: Path) -> threading.Lock:

@@ -71,8 +71,8 @@ def section(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield f"![Utility against privacy and cost]({PICTURE.as_posix()})"
     yield ""
-    yield "Numbers are places in the tables; filled points and stars are the Pareto set; the dotted line is 95 % of full"
-    yield "LoRA's gain."
+    yield "Numbers are places in the tables; filled points and stars are the Pareto set; the dotted line is 95 % of"
+    yield "full LoRA's gain."
     for name, data in record["data"].items():
         yield ""
         yield f"### {name}: {data['title']} ({data['metric']})"

@@ -352,11 +352,11 @@ def audited(bench: Bench, ground: Ground, run: Path, folder: Path, outcome: Outc
 def audit_options(bench: Bench, ground: Ground) -> list[str]:
     """Options of `splitfl audit`: an owner of a language model has the whole of it."""
     course = bench.grid.course
-    count, known = (course.records, course.knowledge)
+    count, known, attacks = course.records, course.knowledge, course.attacks
     if bench.quick:
-        count, known = course.quick_records, course.quick_knowledge
+        count, known, attacks = course.quick_records, course.quick_knowledge, course.quick_attacks
     words = ["--quick", "--records", str(count), *(word for name in known for word in ("--knowledge", name))]
-    words += [word for name in course.attacks for word in ("--attack", name)]
+    words += [word for name in attacks for word in ("--attack", name)]
     return words if ground.classifies else [*words, "--model", str(ground.place.model)]
 
 
