@@ -1,4 +1,4 @@
-"""`python -m tests.audit.weights [dp|mia|canary|extract ...]`: the figures of docs/audit-attacks.md, section Weights."""
+"""`python -m tests.audit.weights [dp mia canary extract]`: the figures of docs/audit-attacks.md, section Weights."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ error rates do; its claim is the ledger's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +35,7 @@ SIGNIFICANCE = 0.05
 GUESSED = 4
 """Guesses are m / 4: half of them "in", half "out"."""
 _LEAST = 40
+_FAR = 1e3
 _TAIL = (1.5, 2.0, 2.5, 3.0)  # sigmas above the mean of the record that is not there
 
 
@@ -187,13 +189,14 @@ def audit_gauss(
 ) -> GaussAudit:  # fmt: skip
     """Tell two records apart from their releases, many times; replace-one neighbours.
 
-    The two are as far apart as clipping allows: x and -x, both far longer than the clip. Each release is one draw of
-    the mechanism, and what it tells is its product with x. The thresholds are fixed by what is claimed alone: the
-    middle (for mu), and some in the tail (for epsilon).
+    Two are as far apart as clipping allows: x and -x, both far longer than the clip. A third is x once more, just as
+    long as the clip, which nobody may be able to tell from the longer one. Each release is one draw of the mechanism,
+    and what it tells is its product with x. The thresholds are fixed by what is claimed alone: the middle (for mu), and
+    some in the tail (for epsilon).
 
     Args:
         mechanism: what is to be tested; its `clip` and `sigma` are what it claims.
-        releases: half of each record.
+        releases: of the first two records together; half as many of the third come on top.
         delta: of the epsilon.
         shape: positions and width of a record.
         significance: of both bounds together.
@@ -204,21 +207,20 @@ def audit_gauss(
     if releases < 1000:
         raise UsageError(f"{releases} releases say nothing about a tail.", expected="1000 or more")
     half = releases // 2
-    record = torch.full((1, *shape), 1e3 * mechanism.clip)
+    record = torch.ones((1, *shape)) / math.sqrt(math.prod(shape)) * mechanism.clip
     away = record / record.norm()
-    outside, inside = (
-        np.concatenate(
-            [
-                (decoded(mechanism.protect(one.expand(part, *shape).clone(), None)).double() * away).sum((1, 2)).numpy()
-                for part in _parts(half)
-            ]
-        )
-        for one in (-record, record)
-    )
+
+    def told(x: torch.Tensor) -> NDArray[np.float64]:
+        parts = (mechanism.protect(x.expand(part, *shape).clone(), None) for part in _parts(half))
+        return np.concatenate([(decoded(sent).double() * away).sum((1, 2)).numpy() for sent in parts])
+
+    outside, inside, shorter = told(-_FAR * record), told(_FAR * record), told(record)
     errors = [
         (int((outside > bar).sum()), half, int((inside <= bar).sum()), half)
         for bar in (0.0, *(mechanism.sigma * far - mechanism.clip for far in _TAIL))
     ]
+    bar = mechanism.clip + 3 * mechanism.sigma
+    errors.append((int((shorter > bar).sum()), half, int((inside <= bar).sum()), half))
     bounds = [pair_bounds(*counts, delta=delta, significance=significance / len(errors)) for counts in errors]
     return GaussAudit(
         releases=2 * half,
