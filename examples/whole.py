@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from party.evaluate import Score, evaluate
@@ -33,8 +32,10 @@ class Whole:
         self.collator = Collator(self.tokenizer, pad_token_id=self.kit.config.pad_token_id)
 
     @contextmanager
-    def tuned(self, adapter: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
+    def tuned(self, adapter: Path | None) -> Iterator[Any]:
         """The model as it came, or with the adapter of this directory."""
+        from peft import PeftModel  # loads libraries that talk, so only after they were silenced
+
         base = _base(self.folder, self.kit)
         yield (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
 
