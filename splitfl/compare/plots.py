@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,7 @@ from splitfl.errors import UsageError
 _SERIES = tuple(f"#0{n}0{n}fe" for n in range(1, COLOURS + 1))  # what `splitfl.charts` turns into the page's colours
 _PLAIN = ("#1f83e0", "#d9650c", "#2b9a4b", "#8a3ffc", "#c2185b", "#00838f")
 _PLAIN_INK, _PLAIN_GRID = "#768390", "#8c959f"
-_AWAY = ((7, 5), (7, -11), (-13, 5), (-13, -11), (-3, 11), (-3, -17), (17, -3), (-23, -3))
-_NEAR = (0.035, 0.055)  # of an axis: points that are closer get their numbers in different places
+_AWAY = ((7, 5), (7, -11), (-13, 5), (-13, -11), (-3, 9), (-3, -15), (9, -3), (-15, -3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +137,18 @@ def _draw(axes: Any, points: Sequence[Point], across: str, colours: Sequence[str
 
 
 def _number(axes: Any, points: Sequence[Point], floor: float) -> None:
-    """Numbers beside the points, those of neighbours on different sides."""
-    axes.autoscale_view()
-    placed: list[tuple[float, float]] = []
-    for point in points:
-        y = max(point.y, floor + 0.03)
-        across, up = axes.transAxes.inverted().transform(axes.transData.transform((point.x, y)))
-        near = sum(abs(across - a) < 3 * _NEAR[0] and abs(up - b) < 2 * _NEAR[1] for a, b in placed)
-        placed.append((across, up))
-        away = _AWAY[near % len(_AWAY)]
-        weight = "bold" if point.pareto else "normal"
-        axes.annotate(str(point.number), (point.x, y), xytext=away, textcoords="offset points", fontsize=9,
-                      fontweight=weight)  # fmt: skip
+    """Numbers beside the points, each on the side where it is farthest from other points and numbers."""
+    axes.figure.canvas.draw()  # where points are is known only once the axes have their size
+    places = [tuple(axes.transData.transform((point.x, max(point.y, floor + 0.03)))) for point in points]
+    taken = list(places)
+    scale = axes.figure.dpi / 72
+    for point, (across, up) in zip(points, places, strict=True):
+
+        def room(away: tuple[int, int], across: float = across, up: float = up) -> float:
+            middle = across + (away[0] + 3) * scale, up + (away[1] + 3) * scale
+            return min(math.dist(middle, other) for other in taken)
+
+        away = max(_AWAY, key=room)
+        taken.append((across + (away[0] + 3) * scale, up + (away[1] + 3) * scale))
+        axes.annotate(str(point.number), (point.x, max(point.y, floor + 0.03)), xytext=away, fontsize=9,
+                      textcoords="offset points", fontweight="bold" if point.pareto else "normal")  # fmt: skip
