@@ -13,6 +13,8 @@ import torch
 from party.audit_controls import run_controls
 from party.audit_ground import datasets_of, open_ground
 from party.audit_jobs import Ground, Job, do, plan_jobs, why_not
+from party.audit_members import NAME as MEMBERSHIP
+from party.audit_members import attack_members, why_not_members
 from party.opening import say
 from party.recorded import forget
 from party.rundir import RunDirectory
@@ -56,7 +58,8 @@ def audit(settings: AuditSettings) -> None:
     outcomes: list[Outcome] = []
     controls: list[Control] = []
     finished = False
-    with Course(len(jobs) + 1) as course:
+    members = _members(settings, ground, skipped)
+    with Course(len(jobs) + members + 1) as course:
         try:
             for job in jobs:
                 outcome = _one(job, ground, folder, key, course, texts=settings.texts)
@@ -64,6 +67,8 @@ def audit(settings: AuditSettings) -> None:
                     outcomes.append(outcome)
                 else:
                     skipped.append(outcome)
+            if members:
+                outcomes.append(_members_attacked(settings, ground, folder, key, course))
             controls = run_controls(ground, outcomes, chosen, folder, key, course)
             finished = True
         finally:
@@ -75,11 +80,12 @@ def audit(settings: AuditSettings) -> None:
 def _chosen(settings: AuditSettings) -> list[Attack]:
     known = attacks()
     alike = {name.replace("_", "-"): attack for name, attack in known.items()}
-    for name in settings.attack:
+    named = [name for name in settings.attack if name != MEMBERSHIP]
+    for name in named:
         if name.replace("_", "-") not in alike:
-            raise UsageError(f"There is no attack {printable(name, 40)!r}.", hint=nearest(name, known))
+            raise UsageError(f"There is no attack {printable(name, 40)!r}.", hint=nearest(name, [*known, MEMBERSHIP]))
     if settings.attack:
-        return [alike[name.replace("_", "-")] for name in settings.attack]
+        return [alike[name.replace("_", "-")] for name in named]
     return [attack for attack in known.values() if attack.default]
 
 
@@ -93,7 +99,7 @@ def _plan(settings: AuditSettings, chosen: list[Attack], ground: Ground) -> tupl
                 jobs += plan_jobs(attack, knowledge, ground)
             else:
                 skipped.append(Skipped(attack=attack.name, knowledge=knowledge.short, why=why))
-    if not jobs:
+    if not jobs and MEMBERSHIP not in settings.attack:
         raise UsageError(
             "No attack fits this run.",
             hint="; ".join(f"{each.attack} {each.knowledge}: {each.why}" for each in skipped[:3]),
@@ -122,6 +128,27 @@ def _one(job: Job, ground: Ground, folder: Path, key: str, course: Course, *, te
     rate = f", {outcome.sends / outcome.cost.seconds:.1f} rows/s" if outcome.cost.seconds else ""
     before = ", from an earlier command" if kept else rate
     course.end(f"{outcome.metric} {outcome.main} in {as_duration(outcome.cost.seconds)}{before}", kept=kept)
+    return outcome
+
+
+def _members(settings: AuditSettings, ground: Ground, skipped: list[Skipped]) -> bool:
+    """Whether the adapter is attacked as well; where it cannot be, `skipped` says why."""
+    if settings.attack and MEMBERSHIP not in settings.attack:
+        return False
+    why = why_not_members(ground, RunDirectory(settings.run))
+    if why is not None:
+        skipped.append(why)
+    return why is None
+
+
+def _members_attacked(settings: AuditSettings, ground: Ground, folder: Path, key: str, course: Course) -> Outcome:
+    course.begin(MEMBERSHIP)
+    path = folder / "results" / f"{MEMBERSHIP}.json"
+    found = find_outcome(path, key)
+    outcome = found or attack_members(ground, RunDirectory(settings.run), course.advance)
+    if found is None:
+        keep(path, key, outcome)
+    course.end(f"{outcome.metric} {outcome.main} in {as_duration(outcome.cost.seconds)}", kept=found is not None)
     return outcome
 
 

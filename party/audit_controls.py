@@ -59,11 +59,12 @@ def _open_ones(outcomes: list[Outcome]) -> list[Outcome]:
 
 
 def _positive(outcomes: list[Outcome]) -> list[Control]:
-    """The best attack on what nobody defended: exhaustive decoding of a causal bottom has a bound of its own."""
-    best = next(iter(_open_ones(outcomes)), None)
+    """Reading what nobody defended: exhaustive decoding of a causal bottom has a bound of its own."""
+    ranked = _open_ones(outcomes)
+    exhaustive = [e for e in ranked if e.attack == "map_decode" and e.knowledge == Knowledge.EXACT.short]
+    best = next(iter(exhaustive or ranked), None)
     if best is None or best.main is None:
         return []
-    exhaustive = best.attack == "map_decode" and best.knowledge == Knowledge.EXACT.short
     beyond = best.figures.get(BLIND)
     works = best.main.value >= POSITIVE if exhaustive else beyond is not None and beyond.low > 0
     bound = f"at least {POSITIVE} of the tokens" if exhaustive else "more than blind guessing gets"

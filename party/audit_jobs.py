@@ -128,8 +128,13 @@ def _parts(attack: Attack, knowledge: Knowledge, ground: Ground) -> tuple[Part, 
         each = ground.sent.get(number)
         return each is not None and all(getattr(each, name) is not None for name in attack.needs & FORWARD)
 
-    kept = [(folder, tuple(filter(fits, numbers))) for folder, numbers in offered]
-    return tuple((folder, numbers) for folder, numbers in kept if numbers)
+    left, kept = attack.rows or len(ground.sent), []
+    for folder, numbers in offered:
+        some = tuple(filter(fits, numbers))[:left]
+        left -= len(some)
+        if some:
+            kept.append((folder, some))
+    return tuple(kept)
 
 
 def plan_jobs(attack: Attack, knowledge: Knowledge, ground: Ground) -> list[Job]:

@@ -36,3 +36,5 @@ class Attack:
     """Why it may do badly where the text can be read all the same; the report prints it beside a low score."""
     default: bool = True
     """Whether `splitfl audit` runs it unless told otherwise."""
+    rows: int | None = None
+    """The most rows, as sent, that it is worth its time on; None for all that the audit takes."""

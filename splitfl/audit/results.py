@@ -18,7 +18,7 @@ import torch
 from splitfl.audit.attack import Attack, Finds
 from splitfl.audit.controls import Control
 from splitfl.audit.intervals import Estimate
-from splitfl.audit.scoring import MAIN, Figures
+from splitfl.audit.scoring import Figures, main_name
 from splitfl.audit.view import Sent
 from splitfl.errors import DataError
 from splitfl.files import replace_text
@@ -78,12 +78,12 @@ class Outcome:
     @property
     def main(self) -> Estimate | None:
         """The figure that it is ranked by."""
-        return self.figures.get(MAIN[self.finds])
+        return self.figures.get(self.metric)
 
     @property
     def metric(self) -> str:
         """The name of `main`."""
-        return MAIN[self.finds]
+        return main_name(self.finds, self.figures)
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ MAIN: dict[Finds, str] = {
 }
 """What an attack is ranked by."""
 BLIND, BY_MODEL = "beyond frequency", "beyond the model alone"
+PLACES = "answer places found"
 _IGNORED = -100
 Name: TypeAlias = tuple[str, int]
 Figures: TypeAlias = dict[str, Estimate]
@@ -90,9 +91,16 @@ def score(guesses: Guesses, truth: Truth, finds: Finds, *, seed: int = 0) -> Fig
     return by_kind[finds](guesses, truth, seed)
 
 
+def main_name(finds: Finds, figures: Mapping[str, Estimate]) -> str:
+    """The name of the figure that an attack is ranked by: where it says that there are answers and never which, that
+    of their places."""
+    places = finds == "answers" and MAIN[finds] not in figures and PLACES in figures
+    return PLACES if places else MAIN[finds]
+
+
 def main_of(attack: Attack, figures: Figures) -> Estimate | None:
     """The figure that the attack is ranked by."""
-    return figures.get(MAIN[attack.finds])
+    return figures.get(main_name(attack.finds, figures))
 
 
 class _Sheet:
@@ -169,6 +177,8 @@ def _answers(guesses: Guesses, truth: Truth, seed: int) -> Figures:
     sheet, blind = _Sheet(seed), by_frequency(truth.rows, "labels")
     by_blind: list[float] = []
     tokens: list[tuple[int, float, TrueRow]] = []
+    # An attack that finds where answers stand, and never which they are, is not asked for more.
+    names_them = not guesses.answers or any(bool((each >= 0).any()) for each in guesses.answers.values())
     for row in truth.rows:
         if not isinstance(row.labels, torch.Tensor):
             continue
@@ -177,13 +187,13 @@ def _answers(guesses: Guesses, truth: Truth, seed: int) -> Figures:
         counts = labels != _IGNORED
         guess = found_at(guesses.answers, row, len(labels), _IGNORED)
         right = (guess == labels) & counts
-        if bool(counts.any()):
+        if bool(counts.any()) and names_them:
             sheet.add("answer recovery", int(right.sum()), int(counts.sum()), row)
             sheet.add("exact answers", float(bool(right[counts].all())), 1, row)
             by_blind.append(float(((found_at(blind, row, len(labels)) == labels) & counts).sum()))
             tokens += [(t, float(r), row) for t, r in zip(labels[counts].tolist(), right[counts].tolist(), strict=True)]
         says = guess != _IGNORED
-        sheet.add("answer places found", int((says & counts).sum()), int(counts.sum()), row)
+        sheet.add(PLACES, int((says & counts).sum()), int(counts.sum()), row)
         others = ~counts
         others[:1] = False
         sheet.add("other places told apart", int((~says & others).sum()), int(others.sum()), row)

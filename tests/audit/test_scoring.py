@@ -10,7 +10,7 @@ import torch
 from splitfl.audit.baselines import by_frequency
 from splitfl.audit.intervals import curve, difference, share
 from splitfl.audit.overlap import bag_f1, bleu, longest_common, rouge_l
-from splitfl.audit.scoring import BLIND, Truth, score
+from splitfl.audit.scoring import BLIND, Truth, main_name, score
 from splitfl.audit.truth import TrueRow
 from splitfl.audit.view import Guesses
 from splitfl.audit.words import mark
@@ -150,6 +150,15 @@ def test_answers_their_places_and_rare_tokens():
     assert figures["other places told apart"].value == 0.0
     silent = score(Guesses(), truth, "answers")
     assert silent["answer places found"].value == 0.0
+
+
+def test_an_attack_on_places_alone_is_ranked_by_places():
+    truth = Truth(rows=(row(0, [1, 2, 5, 5], labels=torch.tensor([-100, -100, 5, 5])),))
+    figures = score(Guesses(answers={0: torch.tensor([-100, -100, -1, -100])}), truth, "answers")
+    assert main_name("answers", figures) == "answer places found"
+    assert figures["answer places found"].value == 0.5
+    assert figures["other places told apart"].value == 1.0
+    assert "answer recovery" not in figures
 
 
 def test_classes_beyond_the_commonest():

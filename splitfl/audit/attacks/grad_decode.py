@@ -260,7 +260,12 @@ _TEXT = frozenset[str]({"output", "gradient", "language model"})
 
 
 def _attack(name: str, title: str, run: Callable[[View], Guesses], weak_point: str, **more: object) -> Attack:
-    told: dict[str, object] = {"needs": _TEXT, "finds": "answers", "source": "audit-attacks.md, gradients"} | more
+    told: dict[str, object] = {
+        "needs": _TEXT,
+        "finds": "answers",
+        "source": "audit-attacks.md, gradients",
+        "rows": 40,
+    } | more
     return Attack(name=name, title=title, run=run, weak_point=weak_point, least=Knowledge.BASE, **told)  # type: ignore[arg-type]
 
 

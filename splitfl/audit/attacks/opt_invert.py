@@ -247,6 +247,7 @@ ATTACK = Attack(
     finds="tokens",
     least=Knowledge.BASE,
     run=run,
+    rows=_ROWS["default"],
     weak_point=(
         "it stays where the cosine has a local optimum, fits the noise along with the text, and refines the worst "
         "fitting rows only, so that many rows keep the first guess"
