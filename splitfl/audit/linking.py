@@ -63,7 +63,7 @@ def releases(sent: Sequence[Sent], noise: Noise, *, latest: bool = False) -> lis
     found = []
     for group in linked(sent, noise):
         states = [by_number[number].hidden for number in group]
-        if noise.name in ("none", "quantise"):
+        if noise.name in ("none", "quantise", "topk"):
             found.append(Release(numbers=group, hidden=states[-1 if latest else 0], variance=0.0))
             continue
         different = [states[0], *(state for state in states[1:] if not torch.equal(state, states[0]))]
@@ -108,7 +108,7 @@ def _pairs(some: Sequence[Sent], variance: float, mean: torch.Tensor) -> list[tu
 
 def _variance(by_length: dict[int, list[Sent]], noise: Noise) -> float:
     """Of the mechanism on each coordinate: as it is public, or the least that is seen between two sends."""
-    if noise.sigma > 0 or noise.name in ("none", "quantise"):
+    if noise.sigma > 0 or noise.name in ("none", "quantise", "topk"):
         return noise.sigma**2
     least = []
     for some in by_length.values():

@@ -110,17 +110,17 @@ def test_noise_is_in_what_is_attacked(tmp_path):
 
 @pytest.mark.slow
 def test_noise_costs_and_a_language_model_or_another_epoch_gives_back(tmp_path):
-    once = make(tmp_path / "once", bottom=0, rows=4, hidden=NOISE)
+    once = make(tmp_path / "once", bottom=0, rows=3, hidden=NOISE)
     alone = read(once, effort="quick")
     assert 0.2 < alone < 0.9
     assert read(once, effort="quick", model=EMBEDDED) > alone + 0.03
-    thrice = make(tmp_path / "thrice", bottom=0, rows=4, hidden=NOISE, epochs=3)
+    thrice = make(tmp_path / "thrice", bottom=0, rows=3, hidden=NOISE, epochs=3)
     assert read(thrice, effort="quick") > alone + 0.2
 
 
 def test_a_beam_reads_at_least_as_well_behind_layers(tmp_path):
-    made = make(tmp_path, model="llama", rows=24, hidden=Gauss(clip=500.0, sigma=1.5))
-    clean = make(tmp_path / "clean", model="llama", rows=24)
+    made = make(tmp_path, model="llama", rows=12, hidden=Gauss(clip=500.0, sigma=1.5))
+    clean = make(tmp_path / "clean", model="llama", rows=12)
     found = read(made)
     assert found < read(clean)
     assert found > read(made, noise=type(made.noise)(name="none"))  # taken for clean: no beam, no weighing
@@ -128,8 +128,8 @@ def test_a_beam_reads_at_least_as_well_behind_layers(tmp_path):
 
 def test_epochs_are_averaged_behind_layers_too(tmp_path):
     noise = Gauss(clip=500.0, sigma=2.5)
-    once = make(tmp_path / "once", model="llama", rows=16, hidden=noise)
-    often = make(tmp_path / "often", model="llama", rows=16, hidden=noise, epochs=4)
+    once = make(tmp_path / "once", model="llama", rows=10, hidden=noise)
+    often = make(tmp_path / "often", model="llama", rows=10, hidden=noise, epochs=4)
     assert read(often) > read(once) + 0.05
 
 

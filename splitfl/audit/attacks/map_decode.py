@@ -101,7 +101,7 @@ def run(view: View) -> Guesses:
 def _prepare(view: View) -> _Work:
     bottom = open_bottom(view)
     longest = max((len(sent.hidden) for sent in view.sent), default=1)
-    noisy = view.noise.name not in ("none", "quantise")
+    noisy = view.noise.name not in ("none", "quantise", "topk")
     width, tried = _SIZES[view.effort] if noisy else (1, 8)
     prior = Prior(view.model) if noisy and view.model is not None and view.kit.plan.task == "causal-lm" else None
     work = _Work(
@@ -142,7 +142,7 @@ class _Reading:
         self.stepper = Stepper(work.bottom, len(rows), cached=work.cached)
         self.row = torch.arange(len(rows))
         """[H]: whose hypothesis it is."""
-        self.inner, self.own, self.log_p = (torch.zeros(len(rows)) for _ in range(3))
+        self.inner, self.own, self.log_p = (torch.zeros(len(rows), dtype=torch.float64) for _ in range(3))
         self.found: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(rows)
         self.known = torch.tensor([row.variance for row in rows])
         self.expected = torch.tensor([_expected_factor(work, row) for row in rows])
@@ -165,9 +165,8 @@ class _Reading:
 
     def _candidates(self, place: int, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [H, N], their states [H, N, D] and log-probabilities [H, N], for `target` [H, D]."""
-        work, known = self.work, float(self.known.max())
-        factor = self.expected[self.row] if work.noise.unit == "record" else torch.ones(len(self.row))
-        likely = self._first_scores(target, factor) if place == 0 else self._scores(target / factor[:, None], known)
+        work = self.work
+        likely = self._first_scores(target) if place == 0 else self._scores(target)
         log_p = torch.zeros_like(likely)
         if work.prior is not None:
             log_p = work.prior.log_probabilities(len(self.row))[:, : likely.shape[1]]
@@ -178,14 +177,21 @@ class _Reading:
             order, states = self._widened(place, target, likely, order, states)
         return order, states, log_p.gather(1, order)
 
-    def _scores(self, target: torch.Tensor, known: float) -> torch.Tensor:
-        factor = float(self.expected.mean()) if self.work.noise.unit == "record" else 1.0
-        return self.work.proposals.scores(target, self.work.variance(known) / factor**2)
-
-    def _first_scores(self, target: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        assert self.work.first is not None  # noqa: S101
+    def _scores(self, target: torch.Tensor) -> torch.Tensor:
+        """The discriminant's [H, V], for `target` [H, D] as it was before clipping."""
+        factor = self._factor(self.inner[:, None], self.own[:, None]).float()
+        if self.work.noise.unit == "token":
+            factor = torch.full_like(factor, min(1.0, self.work.noise.clip / math.sqrt(self.work.proposals.energy)))
         variance = self.work.variance(float(self.known.max()))
-        return -(torch.cdist(target, self.work.first * factor.mean()) ** 2) / (2 * variance)
+        return self.work.proposals.scores(target / factor, variance / float(factor.mean()) ** 2)
+
+    def _first_scores(self, target: torch.Tensor) -> torch.Tensor:
+        """Log-likelihood [H, V] where no context adds anything."""
+        assert self.work.first is not None  # noqa: S101
+        states = self.work.first * _token_factor(self.work.noise, self.work.first)
+        inner, own = target.double() @ states.double().T, (states.double() ** 2).sum(1)[None]
+        factor = self._factor(inner, own)
+        return (2 * factor * inner - factor**2 * own) / (2 * self.work.variance(float(self.known.max())))
 
     def _crossed(self, states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Of `states` [H, N, D], the numbers that `topk` let through at this position; the others came as zeros."""
@@ -228,8 +234,9 @@ class _Reading:
         """Keep the best few hypotheses of each row, one token longer."""
         work = self.work
         states = states * _token_factor(work.noise, states)
-        inner = self.inner[:, None] + (states * target[:, None]).sum(-1)
-        own = self.own[:, None] + (states * states).sum(-1)
+        # In float64: what tells two tokens apart is a small difference of these sums.
+        inner = self.inner[:, None] + (states.double() * target[:, None]).sum(-1)
+        own = self.own[:, None] + (states.double() ** 2).sum(-1)
         log_p = self.log_p[:, None] + log_p
         factor = self._factor(inner, own)
         variance = work.variance(float(self.known.max()))
@@ -237,7 +244,7 @@ class _Reading:
         score = (2 * factor * inner - factor**2 * own) / (2 * variance) + log_p
         parents, chosen = self._best(score)
         self.inner, self.own, self.log_p = inner[parents, chosen], own[parents, chosen], log_p[parents, chosen]
-        self._note(target[parents], states[parents, chosen], factor[parents, chosen], self.row[parents])
+        self._note(target[parents], states[parents, chosen], factor[parents, chosen].float(), self.row[parents])
         self.row = self.row[parents]
         tokens = candidates[parents, chosen]
         self.stepper.grow(parents, tokens)
@@ -248,9 +255,10 @@ class _Reading:
         """What clipping a record multiplied it with, as far as is seen; drawn towards what its length lets expect."""
         if self.work.noise.unit != "record" or math.isinf(self.work.noise.clip):
             return torch.ones_like(inner)
-        weight = self.work.proposals.energy
         expected = self.expected[self.row][:, None]
-        return ((inner + weight * expected) / (own + weight)).clamp(0, 1)
+        # The mean of a normal distribution a third as wide as it is high, and of what the positions so far say.
+        weight = self.work.variance(float(self.known.max())) / (expected / 3) ** 2
+        return ((inner + weight * expected) / (own + weight)).clamp(0.01, 1)
 
     def _best(self, score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hypothesis and column of the best `width` of each row, those far behind left out; rows stay together."""
@@ -262,7 +270,7 @@ class _Reading:
         table = score.new_full((len(rows), self.work.width, score.shape[1]), -math.inf)
         table[slots, place] = score
         best = table.flatten(1).topk(min(self.work.width, table[0].numel()), dim=1)
-        kept = best.values > best.values[:, :1] - _MARGIN
+        kept = best.values - best.values[:, :1] > -_MARGIN  # large scores would swallow the margin
         row, column = kept.nonzero(as_tuple=True)
         index = best.indices[row, column]
         return start[row] + index // score.shape[1], index % score.shape[1]
