@@ -52,9 +52,9 @@ def attack_members(ground: Ground, run: RunDirectory, progress: Callable[[float]
     """Score members and others by how much the tuning lowered their loss (Carlini and others 2021, section 5.2)."""
     started = time.monotonic()
     data = read_data(run.settings(), ground.kit)
-    held_out = data.held_out or []
+    held_out: list[Example] = list(data.held_out or ())
     count = min(_MOST, len(data.train), len(held_out))
-    examples: list[Example] = [*list(data.train)[:count], *list(held_out)[:count]]
+    examples: list[Example] = [*list(data.train)[:count], *held_out[:count]]
     before = row_statistics(_whole(ground.model), examples, data.collator)
     progress(0.5)
     after = row_statistics(open_adapter(_whole(ground.model), run.adapter), examples, data.collator)

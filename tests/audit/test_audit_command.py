@@ -17,7 +17,7 @@ from splitfl.kit import write_kit
 from tests.live.child import splitfl_here
 from tests.live.owner import serve
 
-COMMON = ("--per-device-train-batch-size", 2, "--max-length", 32, "--truncation", "right", "--max-steps", 2,
+COMMON = ("--per-device-train-batch-size", 2, "--max-length", 64, "--truncation", "right", "--max-steps", 2,
           "--learning-rate", "5e-3", "--threads", 1, "--seed", 3, "--record")  # fmt: skip
 WORDS = ("--quick", "--records", 4, "--threads", 1, "--attack", "map_decode")
 GAUSS = ("--protocol", "guarded-gradfree", "--noise", "gauss", "--clip", 30, "--sigma", 3)
@@ -28,7 +28,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audited")
     write_kit(assets() / "model", folder / "kit", bottom=2, top=2, dtype="float32")
     lines = (assets() / "data" / "hospital.train.jsonl").read_text(encoding="utf-8").splitlines()
-    (folder / "train.jsonl").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    (folder / "train.jsonl").write_text("\n".join(sorted(lines, key=len)[:4]) + "\n", encoding="utf-8")
     with serve(assets() / "model", folder / "kit", folder) as owner:
         for name, more in (("open", ()), ("defended", GAUSS)):
             splitfl_here("tune", *owner.link(), "--train", folder / "train.jsonl", *COMMON, "--out", folder / name,
