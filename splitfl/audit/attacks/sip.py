@@ -7,15 +7,16 @@ squares fit instead of at random. `sip-namoe` is its noise-adaptive mixture: one
 for each level of noise, a head that all share, and a gate over positions, trained in three stages. Both are taught on
 *defended* states: what the public mechanism makes of the attacker's text, with fresh noise in every step.
 
-Without auxiliary text the rows are random tokens, which the notes say.
+Without auxiliary text, or with little of it, random tokens stand in, which the notes say.
 Legend: B rows, T positions, D width, V vocabulary, X experts.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from splitfl.audit.attack import Attack
 from splitfl.audit.bottom import Bottom, open_bottom
+from splitfl.audit.linking import releases
 from splitfl.audit.view import Effort, Guesses, Knowledge, Noise, View
 
 UNITS, DROPOUT = 256, 0.1
@@ -33,6 +35,8 @@ _EPOCHS = {"quick": 6, "default": 20}
 _SECONDS = {"quick": 15.0, "default": 130.0}
 """Most time that teaching may take."""
 _RANDOM_ROWS, _RANDOM_LENGTH = 400, 64
+_LITTLE = 5000
+"""Tokens of auxiliary text below which random rows are put beside it."""
 _HELD_OUT = 10
 """One text in so many is for stopping early."""
 _LEVELS = 0.0, 0.5, 1.0, 2.0
@@ -163,7 +167,9 @@ def defended(hidden: torch.Tensor, noise: Noise, level: float = 1.0) -> torch.Te
 def teach(view: View, bottom: Bottom, *, mixture: bool = False) -> Taught:
     """An inverter for this bottom and this mechanism, taught on the view's auxiliary text."""
     torch.manual_seed(view.seed)
-    texts = view.auxiliary or random_texts(view, len(bottom.embeddings))
+    texts = view.auxiliary
+    if sum(map(len, texts)) < _LITTLE:
+        texts = texts + random_texts(view, len(bottom.embeddings))
     lessons = prepare(view, bottom, texts)
     width, vocabulary = len(lessons.mean), len(bottom.embeddings)
     both = "bert" in view.kit.plan.model_type
@@ -183,7 +189,7 @@ def teach(view: View, bottom: Bottom, *, mixture: bool = False) -> Taught:
         network = plain = GruInverter(width, vocabulary, both_ways=both)
         plain.head.begin(states, ids, bottom.embeddings)
         figures = course.run(network, list(network.parameters()), (1.0,), 1.0)
-    figures |= {"auxiliary tokens": float(sum(map(len, texts))), "random text": float(not view.auxiliary)}
+    figures |= {"auxiliary tokens": float(sum(map(len, texts))), "random text": float(texts is not view.auxiliary)}
     return Taught(network=network.eval(), lessons=lessons, figures=figures)
 
 
@@ -248,11 +254,11 @@ class _Course:
         """Train `tuned` for `share` of the time; the best weights on held-out text are kept."""
         optimiser = torch.optim.Adam(tuned, lr=RATE, weight_decay=DECAY)
         end, idle = time.monotonic() + share * self.seconds, 0
-        best: tuple[float, dict[str, torch.Tensor]] = (-1.0, {})
+        judged = levels[0] if len(levels) == 1 else 1.0
+        best = self.score(network, judged), _copied(network)
         for _epoch in range(self.epochs):
             network.train()
             order = torch.randperm(len(self.own), generator=self._draws).tolist()
-            # Texts of like length side by side pad less.
             for at in range(0, len(order), _BATCH):
                 numbers = [self.own[n] for n in order[at : at + _BATCH]]
                 level = levels[int(torch.randint(len(levels), (), generator=self._draws))]
@@ -264,9 +270,9 @@ class _Course:
                 self._progress(min((time.monotonic() - self._start) / self.seconds, 0.99))
                 if time.monotonic() > end:
                     break
-            right = self.score(network, levels[-1])
+            right = self.score(network, judged)
             if right > best[0]:
-                best, idle = (right, {name: value.clone() for name, value in network.state_dict().items()}), 0
+                best, idle = (right, _copied(network)), 0
             else:
                 idle += 1
             if time.monotonic() > end or idle >= _PATIENCE or right == 1.0:
@@ -286,11 +292,20 @@ class _Course:
         return right / max(counted, 1)
 
 
+def _copied(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
 def _run(view: View, *, mixture: bool) -> Guesses:
-    taught = teach(view, open_bottom(view), mixture=mixture)
-    tokens = {sent.number: taught.logits(sent.hidden).argmax(-1) for sent in view.sent}
+    rows = releases(view.sent, view.noise, latest=view.knowledge == Knowledge.EXACT)
+    # Several sends of a row are averaged, and the network is taught on the noise that is left.
+    left = statistics.median(row.variance for row in rows) ** 0.5 if rows else view.noise.sigma
+    sigma = left if view.noise.sigma else 0.0
+    taught = teach(replace(view, noise=replace(view.noise, sigma=sigma)), open_bottom(view), mixture=mixture)
+    read = [(row.numbers, taught.logits(row.hidden).argmax(-1)) for row in rows]
     view.progress(1.0)
-    return Guesses(tokens=tokens, notes=taught.figures)
+    notes = taught.figures | {"rows read": float(len(rows))}
+    return Guesses(tokens={number: ids for numbers, ids in read for number in numbers}, notes=notes)
 
 
 def _plain(view: View) -> Guesses:
