@@ -43,7 +43,8 @@ def offline_update(settings: TuneSettings, kit: Kit, run: RunDirectory) -> Updat
     asked = {**settings.lora_kwargs(), "target_modules": list(settings.target_modules) or None}
     config = lora_config(base, kit.plan, **asked, top_alone=settings.freeze_bottom)
     with torch.random.fork_rng(devices=[]):
-        fresh = get_peft_model_state_dict(add_lora(base, config, seed=settings.seed))
+        model = add_lora(base, config, seed=settings.seed)
+        fresh = get_peft_model_state_dict(model, save_embedding_layers=False)
     after = {name: tensor.float() for name, tensor in load_file(file).items()}
     before = {name: tensor.detach().float().clone() for name, tensor in fresh.items()}
     return Update(number=0, round=0, before=before, after=after)
