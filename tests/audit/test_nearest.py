@@ -119,7 +119,7 @@ def test_clipping_by_itself_hides_nothing(unit, tmp_path):
 
 def test_metric_noise_is_read_until_it_is_large(tmp_path):
     shares = []
-    for eta in (3000.0, 1000.0):
+    for eta in (400.0, 100.0):
         made = make(tmp_path / str(eta), bottom=0, rows=6, hidden=DChi(eta=eta))
         shares.append(made.share(run(made.view(Knowledge.BASE))))
     assert shares[0] > 0.8 > shares[1]

@@ -40,6 +40,8 @@ _MARGIN = 20.0
 _AT_ONCE = 32
 _SIZES = {"quick": (2, 16), "default": (6, 48)}
 """Hypotheses and candidates under noise."""
+_SMALL = 256
+"""Vocabularies up to this are tried whole."""
 
 
 @dataclass
@@ -103,6 +105,8 @@ def _prepare(view: View) -> _Work:
     longest = max((len(sent.hidden) for sent in view.sent), default=1)
     noisy = view.noise.name not in ("none", "quantise", "topk")
     width, tried = _SIZES[view.effort] if noisy else (1, 8)
+    if noisy and len(bottom.embeddings) <= _SMALL:
+        tried = len(bottom.embeddings)
     prior = Prior(view.model) if noisy and view.model is not None and view.kit.plan.task == "causal-lm" else None
     work = _Work(
         bottom, Proposals(bottom, seed=view.seed), view.noise, width, tried, prior=prior,
