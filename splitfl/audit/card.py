@@ -87,8 +87,9 @@ class Card:
 
     @property
     def records(self) -> int:
-        """Most rows that one attack was held against."""
-        return max((each.records for each in self.attacked), default=0)
+        """Most rows that one attack on traffic was held against; on the adapter, where there is no other."""
+        traffic = [each.records for each in self.attacked if each.finds != "scores"]
+        return max(traffic or [each.records for each in self.attacked], default=0)
 
     @property
     def few(self) -> bool:
