@@ -114,7 +114,9 @@ def _variance(by_length: dict[int, list[Sent]], noise: Noise) -> float:
     for some in by_length.values():
         for each in some:
             others = [other.hidden for other in some if other.step != each.step]
-            if others:
-                away = ((torch.stack(others) - each.hidden) ** 2).mean(-1).median(dim=1).values
+            if len(others) < 2:
+                continue
+            away = ((torch.stack(others) - each.hidden) ** 2).mean(-1).median(dim=1).values
+            if away.min() < 0.5 * away.median():  # else the nearest is another row, like the rest
                 least.append(float(away.min()) / 2)
     return float(torch.tensor(least).quantile(0.1)) if least else 0.0
