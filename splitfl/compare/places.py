@@ -106,11 +106,11 @@ def write_rows(task: Task, place: Place, folder: Path, counts: tuple[int, int], 
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = _even(_read(place.train), task, counts[0] + task.public_rows, place.train)
-    public = known[:: max(1, len(known) // task.public_rows)][: task.public_rows]
-    chosen = {id(row) for row in public}
-    train = [row for row in known if id(row) not in chosen][: counts[0]]
+    train, public = known[: -task.public_rows], known[-task.public_rows :]
     held_out = _even(_read(place.held_out), task, counts[1], place.held_out)
-    shares = [train[number::parties] for number in range(parties)]
+    turns = range(0, len(train), max(task.classes, 1))  # a row of each class goes to the same party
+    dealt = [train[start : start + turns.step] for start in turns]
+    shares = [[row for turn in dealt[number::parties] for row in turn] for number in range(parties)]
     if not all((*shares, held_out, public)):
         raise DataError(f"{place.train} has too few rows for {parties} parties and {task.public_rows} public rows.")
     parts = {"train": train, "held-out": held_out, "public": public}
@@ -141,7 +141,7 @@ def _read(source: Path) -> Iterator[dict[str, Any]]:
 def _even(rows: Iterator[dict[str, Any]], task: Task, count: int, source: Path) -> list[dict[str, Any]]:
     """The first rows of each class, as many of each; of a text that comes several times, the first one.
 
-    Rows of a class come one after the other in turn, so that parties that take every n-th row get all classes.
+    Classes take turns, so that any stretch of rows has them all.
     """
     names = ("text", "label") if task.classes else ("prompt", "completion")
     by_class: dict[Any, list[dict[str, Any]]] = {}

@@ -109,6 +109,7 @@ def test_rows_are_dealt_out_evenly_and_public_ones_are_in_no_other_file(tmp_path
     assert not {row["text"] for row in public} & {row["text"] for row in train}
     shares = [read[f"share-{number}"] for number in range(3)]
     assert sorted(row["text"] for share in shares for row in share) == sorted(row["text"] for row in train)
+    assert [sum(row["label"] for row in rows) for rows in (train, public, read["held-out"])] == [12, 3, 10]
     assert all({row["label"] for row in rows} == {0, 1} for rows in (*shares, read["held-out"]))
 
 
