@@ -25,7 +25,7 @@ def aux(encoder=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("family", ["gpt2"])
 def test_undefended_states_are_read(tmp_path, family):
     made = make(tmp_path, model=family, bottom=1, top=1)
     guesses = SIP.run(made.view(Knowledge.EXACT, auxiliary=aux(), effort="quick"))
