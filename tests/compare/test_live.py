@@ -54,7 +54,7 @@ def test_two_cells_are_run_attacked_summed_up_and_not_run_again(tmp_path, capsys
     split = cells["words_1-1_split_none_seed0"]
     assert split["failed"] == ""
     figures = split["figures"]
-    assert figures[TRIPS] == 4  # a forward and a backward a step
+    assert 4 <= figures[TRIPS] <= 6  # a forward and a backward a step; the check of the owner asks as well
     assert figures[SENT] > 0
     assert figures[SCORE] > 0
     assert figures[PARTY_S] > 0
