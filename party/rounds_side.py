@@ -105,6 +105,7 @@ def run(start: PartiesStart) -> RoundsOver:
     common = np.random.default_rng(0).uniform(-0.9, 0.9, start.values).astype(np.float32)
     first = _socket(start, load_keys(Path(start.keys[0])))
     first.open(_PATIENCE_S)  # brings the network library's own threads and files, which a process has once
+    first.send([bytes(PIECE_BYTES)])  # no message: refused. The thread for large frames comes with the first of them
     first.close()
     before = _held()
     count = len(start.keys)

@@ -12,7 +12,7 @@ from splitfl.wire import round_frames as wire
 from splitfl.wire.round_frames import RoundViolation
 from splitfl.wire.round_messages import ROUNDS_VERSION, Ask, Enter, Entered, Facts, Finished, Task
 
-_UNDER_WAY_BYTES, _SMALLEST_PIECE = 32 << 20, 16 << 10
+_UNDER_WAY_BYTES, _SMALLEST_PIECE = 8 << 20, 16 << 10
 _REASON = 500  # characters of why a round was dropped
 
 
