@@ -515,6 +515,13 @@ def test_models_that_were_measured_before_can_be_kept(figures, tmp_path, capsys)
     assert (after["emulators"], after["costs"]) == (before["emulators"], before["costs"])
     assert set(after["comparisons"]) == {*before["comparisons"], "third / answers"}
     assert "#### The model *third*" in (docs / "offsite.md").read_text(encoding="utf-8")
+    # What was measured elsewhere is told apart.
+    before["machine"] |= {"processor": "Another Processor"}
+    (docs / offsite_page.SUMMARY).write_text(json.dumps(before), encoding="utf-8")
+    assert offsite_page.main([str(tmp_path / "g.json"), "--docs", str(docs), "--keep"]) == 0
+    told = (docs / "offsite.md").read_text(encoding="utf-8")
+    assert "*embedded*: Another Processor" in told
+    assert "*third*: Another" not in told
     # The file's own models take the place of those kept; figures of other settings are no one table.
     assert offsite_page.main([str(file), "--docs", str(docs), "--keep"]) == 0
     assert "third" in (docs / "offsite.md").read_text(encoding="utf-8")

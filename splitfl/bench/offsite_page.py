@@ -17,7 +17,7 @@ from typing import Any
 
 from splitfl.bench.offsite_cases import FULL_TUNED, FULL_ZERO, PLUGIN, RATES, TASKS, TRAININGS, TRIAL_SEED, WAYS, Cell
 from splitfl.bench.offsite_figures import Outcomes, by_case, read_record
-from splitfl.bench.offsite_section import BEGIN, END, PICTURE, row_from, section
+from splitfl.bench.offsite_section import BEGIN, END, PICTURE, machine_of, row_from, section
 from splitfl.bench.offsite_summary import Row, by_task, comparisons, summarise
 from splitfl.bench.offsite_table import score_name
 from splitfl.config import BenchSettings
@@ -66,10 +66,12 @@ def compact(record: Mapping[str, Any]) -> dict[str, Any]:
 def merged(summary: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
     """`summary`, and of `kept`, which was measured before it, the models that it does not have.
 
+    A model is compared with itself alone, so that the two may be of different machines: each is named.
+
     Raises:
-        UsageError: the two are of other settings, tasks, machines or versions, so that they are no one table.
+        UsageError: the two are of other settings, tasks or versions, so that they are no one table.
     """
-    for name in ("version", "machine", "settings", "rates"):
+    for name in ("version", "settings", "rates"):
         if summary[name] != kept[name]:
             raise UsageError(
                 f"The figures kept are of another {name} than those of the file.",
@@ -80,7 +82,8 @@ def merged(summary: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any
     if other:
         raise UsageError(f"The figures kept had other rows or steps for task {other[0]!r}.", hint="leave --keep out")
     new = {row["model"] for row in summary["rows"]}
-    both = {**summary, "tasks": tasks}
+    machines = {row["model"]: machine_of(kept, row["model"]) for row in kept["rows"]}
+    both = {**summary, "tasks": tasks, "machines": {**machines, **dict.fromkeys(new, summary["machine"])}}
     both["rows"] = [row for row in kept["rows"] if row["model"] not in new] + summary["rows"]
     for name in ("emulators", "costs", "chosen", "comparisons"):
         old = {case: facts for case, facts in kept[name].items() if case.split(" / ")[0] not in new}

@@ -182,14 +182,16 @@ def _met(record: Mapping[str, Any], models: Sequence[str]) -> Iterator[str]:
 
 
 def _said(record: Mapping[str, Any]) -> Iterator[str]:
-    machine = record["machine"]
-    device = machine["accelerator"] or machine["processor"]
+    models = list(dict.fromkeys(row["model"] for row in record["rows"]))
+    told = {model: _machine_in_words(machine_of(record, model)) for model in models}
+    where = (
+        "; ".join(f"*{model}*: {told[model]}" for model in models) if len(set(told.values())) > 1 else told[models[0]]
+    )
     yield (
         f"Speed and memory: batches of {ROWS} rows of {LENGTH} tokens; each training in a process of its own with one "
         "thread, their steps in turn, the median of them; memory is the peak less what the process held before it had "
         "a model. FLOPs are those of matrix products and attention, forward and backward. A speed of "
-        f"{SPEED_REACH:g} times full LoRA's is aimed at. Machine: {device}, {machine['cpu_count']} cores, torch "
-        f"{machine['torch']}.\n"
+        f"{SPEED_REACH:g} times full LoRA's is aimed at. Machine: {where}.\n"
     )
     if record["chosen"]:
         names = {OFFSITE: "offsite", FULL_TUNED: "full", SPLIT: "split"}
@@ -206,3 +208,14 @@ def _said(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def machine_of(record: Mapping[str, Any], model: str) -> Mapping[str, Any]:
+    """Where a model's figures were measured: all on one machine, unless figures were kept from another."""
+    found: Mapping[str, Any] = record.get("machines", {}).get(model, record["machine"])
+    return found
+
+
+def _machine_in_words(machine: Mapping[str, Any]) -> str:
+    device = machine["accelerator"] or machine["processor"]
+    return f"{device}, {machine['cpu_count']} cores, torch {machine['torch']}"
