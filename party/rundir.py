@@ -114,9 +114,20 @@ class RunDirectory:
             raise UsageError(
                 f"{self.path} is not a run directory: it has no config.toml.", hint="give the --out of `splitfl tune`"
             )
+        self._refuse_another_commands()
         values = read_config(self.config, TuneSettings)
         given: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return TuneSettings(**given)
+
+    def _refuse_another_commands(self) -> None:
+        """A run of peers without an owner has a configuration of its own, and a whole model to be used with."""
+        disclosure = self.path / "disclosure.json"
+        if disclosure.is_file() and json.loads(disclosure.read_text(encoding="utf-8")).get("protocol") == "fedmod":
+            raise UsageError(
+                f"{self.path} is a run of `splitfl fedmod`, whose model is in one piece and needs no owner.",
+                expected="a run of `splitfl tune`",
+                hint="its figures are in run.jsonl; PeftModel.from_pretrained(MODEL, RUN/adapter) is the tuned model",
+            )
 
     def form(self) -> FormName:
         """The form of the rows that the run was trained on; prompts are to be rendered like them."""

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from party.fedmod_run import FedmodRun
 from splitfl.config_mesh import FedmodSettings
 from splitfl.errors import UsageError
+from tests.live.child import splitfl_here
 
 NEEDED = {
     "model": "m", "out": Path("o"), "key": Path("k"), "peers": Path("p"), "train": Path("t"), "rounds": 1,
@@ -47,3 +49,11 @@ def test_what_makes_no_sense_is_refused(options, words):
 def test_tags_may_stand_in_one_word_with_commas():
     assert made(tags=("hate, nsfw", "spam", "hate")).tag_list() == ("hate", "nsfw", "spam")
     assert made(peer=("a=tcp://x:1",)).addresses() == {"a": "tcp://x:1"}
+
+
+def test_a_run_of_peers_is_no_run_of_tune_and_says_how_it_is_used(tmp_path, capsys):
+    FedmodRun(tmp_path / "run").begin(made(), None)
+    splitfl_here("evaluate", "--run", tmp_path / "run", "--eval", tmp_path / "rows.jsonl", code=2)
+    said = capsys.readouterr().err
+    assert "is a run of `splitfl fedmod`" in said
+    assert "PeftModel.from_pretrained(MODEL, RUN/adapter)" in said
