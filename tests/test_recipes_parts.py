@@ -20,7 +20,7 @@ from examples.code_migration.rules import RULES, edits, rule_named
 from examples.code_migration.syntax import unit
 from examples.code_translation.projects import PARTIES, party_of, placed, project_of
 from examples.medical_financial.prepare import financial, medquad, pubmedqa
-from examples.moderation.hatecheck import by_functionality, chosen, macro_f1
+from examples.moderation.hatecheck import by_functionality, chosen, macro_f1, offsets_of
 from examples.moderation.prepare import SHARES, deal
 from examples.natural_partitions.prepare import dolly, party_name, speakers, split
 from examples.rows import SKIPPED, drawn, named, need, read, write
@@ -211,6 +211,12 @@ def test_translation_scores():
     assert scores([right + " ", ""], [right, right])["exact"] == 0.5  # blanks between tokens do not count
     with pytest.raises(UsageError, match="1 predictions and 2 references"):
         scores([""], ["", ""])
+
+
+def test_thresholds_are_read_by_the_names_of_classes(tmp_path):
+    assert offsets_of(tmp_path, 3) == [0.0, 0.0, 0.0]
+    (tmp_path / "thresholds.json").write_text('{"logit_offsets": {"2": 0.3, "0": 0.1, "1": -0.2}}')
+    assert offsets_of(tmp_path, 3) == [0.1, -0.2, 0.3]
 
 
 def test_hatecheck_scores():

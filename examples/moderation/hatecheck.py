@@ -51,11 +51,11 @@ def macro_f1(cases: Sequence[Record], hateful: Sequence[bool]) -> float:
 
 def offsets_of(run: Path, classes: int) -> list[float]:
     """What a server adds to its logits, by ``thresholds.json`` of the run; nothing where there is none."""
-    file = run / "thresholds.json"
-    if not file.is_file():
-        return [0.0] * classes
-    named_offsets: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["logit_offsets"]
-    return list(named_offsets.values())  # in the order of the classes' numbers
+    file, found = run / "thresholds.json", [0.0] * classes
+    if file.is_file():  # it names classes as the rows do, which is by number; their order in the file means nothing
+        for name, offset in json.loads(file.read_text(encoding="utf-8"))["logit_offsets"].items():
+            found[int(name)] = offset
+    return found
 
 
 def table(found: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> Table:
