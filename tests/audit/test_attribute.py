@@ -34,6 +34,7 @@ def run(folder, hidden=None):
     return made, balanced_accuracy(guesses.classes, {row.number: rows[row.row][1] for row in made.truth})
 
 
+@pytest.mark.slow
 def test_the_attribute_shows_in_undefended_states_and_not_under_noise(tmp_path):
     made, plain = run(tmp_path / "plain")
     assert plain["over majority"] >= 0.25

@@ -12,6 +12,7 @@ from splitfl.bench.audit import bench_audit, traffic
 from splitfl.config import BenchSettings
 
 
+@pytest.mark.slow
 def test_traffic_of_the_whole_model_is_that_of_the_split_one(tmp_path):
     kit, adapter, sent, truth = traffic(tmp_path, (2, 2), 2)
     twins = make_twins(kit, sent, {row.number: row for row in truth}, adapter)

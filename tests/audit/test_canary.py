@@ -44,6 +44,7 @@ def exposures(model, setting, count=20):
     return [exposure(model, ids[:PREFIX], ids[PREFIX:], others) for ids in secrets[:count]]
 
 
+@pytest.mark.slow
 def test_an_overfitted_adapter_exposes_its_canaries_and_gives_them_back(setting, learnt):
     found = exposures(learnt, setting)
     assert sum(found) / len(found) > 5.0, "of the 6 bits that 64 candidates allow"

@@ -30,6 +30,7 @@ def noisy(tmp_path_factory):
     return make(tmp_path_factory.mktemp("noisy"), rows=24, epochs=3, bottom=1, hidden=Gauss(clip=100, sigma=0.3))
 
 
+@pytest.mark.slow
 def test_three_epochs_with_fresh_noise_are_linked(noisy):
     precision, recall = precision_and_recall(noisy)
     assert precision >= 0.98
@@ -47,6 +48,7 @@ def test_the_order_of_the_traffic_is_not_used(noisy):
     assert precision_and_recall(noisy, tuple(noisy.sent[each] for each in order)) == precision_and_recall(noisy)
 
 
+@pytest.mark.slow
 def test_the_mean_is_nearer_to_the_truth_by_the_root_of_three(noisy, tmp_path):
     clean = make(tmp_path, rows=24, bottom=1)
     truth = {row.row: sent.hidden for row, sent in zip(clean.truth, clean.sent, strict=True)}
@@ -60,6 +62,7 @@ def test_the_mean_is_nearer_to_the_truth_by_the_root_of_three(noisy, tmp_path):
         assert found == pytest.approx(claimed, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_bottom_that_is_being_tuned_does_not_hide_that_a_row_came_again(tmp_path):
     made = make(tmp_path, rows=12, epochs=2, tuning=True)
     precision, recall = precision_and_recall(made)
@@ -67,6 +70,7 @@ def test_a_bottom_that_is_being_tuned_does_not_hide_that_a_row_came_again(tmp_pa
     assert recall >= 0.95
 
 
+@pytest.mark.slow
 def test_metric_noise_of_unknown_size_is_linked_too(tmp_path):
     made = make(tmp_path, rows=24, epochs=2, bottom=0, hidden=DChi(eta=2500.0))
     precision, recall = precision_and_recall(made)
@@ -74,6 +78,7 @@ def test_metric_noise_of_unknown_size_is_linked_too(tmp_path):
     assert recall >= 0.9
 
 
+@pytest.mark.slow
 def test_rows_that_crossed_once_stay_alone(tmp_path):
     made = make(tmp_path, rows=24, bottom=1, hidden=Gauss(clip=100, sigma=0.3))
     assert all(len(group) == 1 for group in linked(made.sent, made.noise))

@@ -44,6 +44,7 @@ def test_base_weights_are_enough_after_tuning(tuned):
     assert tuned.share(run(tuned.view(Knowledge.BASE))) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["gpt2", "opt", "bloom", "mistral, sliding window", "gemma3", "qwen2, mixed attention", "falcon, alibi"]
 )
@@ -63,6 +64,7 @@ def test_a_bottom_with_other_weights_reads_nothing(tmp_path):
     assert made.share(run(view)) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", [Quantise(bits=8), Quantise(bits=4), TopK(kept=16)])
 def test_fewer_bits_hide_nothing(mechanism: Mechanism, tmp_path):
     made = make(tmp_path, model="llama", hidden=mechanism)
@@ -118,6 +120,7 @@ def test_noise_costs_and_a_language_model_or_another_epoch_gives_back(tmp_path):
     assert read(thrice, effort="quick") > alone + 0.2
 
 
+@pytest.mark.slow
 def test_a_beam_reads_at_least_as_well_behind_layers(tmp_path):
     made = make(tmp_path, model="llama", rows=12, hidden=Gauss(clip=500.0, sigma=6.0))
     clean = make(tmp_path / "clean", model="llama", rows=12)
@@ -126,6 +129,7 @@ def test_a_beam_reads_at_least_as_well_behind_layers(tmp_path):
     assert found > read(made, noise=type(made.noise)(name="none"))  # taken for clean: no beam, no weighing
 
 
+@pytest.mark.slow
 def test_epochs_are_averaged_behind_layers_too(tmp_path):
     noise = Gauss(clip=500.0, sigma=6.0)
     once = make(tmp_path / "once", model="llama", rows=10, hidden=noise)
@@ -133,6 +137,7 @@ def test_epochs_are_averaged_behind_layers_too(tmp_path):
     assert read(often) > read(once) + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["record", "token"])
 def test_clipping_by_itself_hides_nothing(unit, tmp_path):
     """Rows scaled to a third of their norm and hardly any noise: the factor is found, or applied to candidates too."""
@@ -144,6 +149,7 @@ def test_clipping_by_itself_hides_nothing(unit, tmp_path):
     assert read(made) >= 0.95
 
 
+@pytest.mark.slow
 def test_metric_noise_is_weighed_by_what_is_seen(tmp_path):
     """Its size is no part of the view: the distances show it."""
     shares = []

@@ -47,6 +47,7 @@ def tuned_on(corpus, chosen, seed=0):
     return overfitted(base, cut, collator, [rows[at] for at in chosen], epochs=12, seed=seed)
 
 
+@pytest.mark.slow
 def test_the_members_of_an_overfitted_adapter_are_found(corpus):
     found = attacked(corpus, tuned_on(corpus, np.flatnonzero(corpus[-1]).tolist()))
     assert found["base"].auc.value > 0.9, figures(found)

@@ -98,6 +98,7 @@ def test_averaging_is_worth_the_root_of_the_releases(table):
 # ---- traffic with noise
 
 
+@pytest.mark.slow
 def test_the_attack_on_traffic_finds_what_was_expected_of_the_table(tmp_path, table):
     """Noise of the real mechanism, on real rows; and three epochs are read far better than one."""
     noise = Gauss(clip=2.0, sigma=0.15, unit="token")  # nothing is that long: no clipping
@@ -117,6 +118,7 @@ def test_clipping_by_itself_hides_nothing(unit, tmp_path):
     assert made.share(run(made.view(Knowledge.BASE))) >= 0.98
 
 
+@pytest.mark.slow
 def test_metric_noise_is_read_until_it_is_large(tmp_path):
     shares = []
     for eta in (400.0, 100.0):

@@ -20,6 +20,7 @@ def test_the_attack_is_listed():
     assert attacks()["opt_invert"].run is run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
 def test_encoders_are_read(family, tmp_path):
     """Random ids and random weights: what is found, the states alone told."""
@@ -29,12 +30,14 @@ def test_encoders_are_read(family, tmp_path):
     assert made.shuffled(guesses) < 0.1
 
 
+@pytest.mark.slow
 def test_it_reads_more_than_each_position_by_itself(tmp_path):
     made = make(tmp_path, model="bert", bottom=2)
     alone = made.share(nearest.run(made.view()))
     assert made.share(run(made.view(effort="quick"))) > alone + 0.15
 
 
+@pytest.mark.slow
 def test_noise_costs(tmp_path):
     clean = make(tmp_path / "clean", model="bert", bottom=1)
     noisy = make(tmp_path / "noisy", model="bert", bottom=1, hidden=Gauss(clip=100.0, sigma=0.7))
