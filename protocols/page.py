@@ -18,8 +18,8 @@ _HEAD = """\
 
 Written by `make docs` from the records in `protocols/`. The same records are enforced: a session refuses every message
 and every tensor that its protocol does not list here. [wire.md](wire.md#messages) has the messages field by field,
-[threat-model.md](threat-model.md) what can be done with what crosses, [compare.md](compare.md) what each design is worth,
-leaks and costs.
+[threat-model.md](threat-model.md) what can be done with what crosses, [compare.md](compare.md) what each design is
+worth, leaks and costs.
 """
 
 

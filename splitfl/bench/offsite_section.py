@@ -195,11 +195,11 @@ def _said(record: Mapping[str, Any]) -> Iterator[str]:
     )
     if record["chosen"]:
         names = {OFFSITE: "offsite", FULL_TUNED: "full", SPLIT: "split"}
-        told = [
-            f"{where} {', '.join(f'{names[t]} {rate:g}' for t, rate in one.items())}"
-            for where, one in record["chosen"].items()
+        chosen = [
+            f"{case} {', '.join(f'{names[t]} {rate:g}' for t, rate in one.items())}"
+            for case, one in record["chosen"].items()
         ]
-        yield f"Learning rates that were chosen: {'; '.join(told)}.\n"
+        yield f"Learning rates that were chosen: {'; '.join(chosen)}.\n"
     yield (
         "For comparison, published for OPT-1.3B with half of its trunk distilled (perplexity on WikiText): zero-shot "
         "31.48, plug-in 13.15, full fine-tuning 12.52 (Xiao, Lin and Han, 2023).\n"

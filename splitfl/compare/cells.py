@@ -67,7 +67,7 @@ class Cell:
         parts: tuple[object, ...] = () if protocol is None else (protocol.use, dict(protocol.options))
         mechanism = (self.mechanism.size, dict(self.mechanism.options))
         told = grid.course
-        course = [told.parties, told.distil_steps, told.quick_distil_steps]
+        course: list[object] = [told.parties, told.distil_steps, told.quick_distil_steps]
         audit = (told.records, told.knowledge, told.attacks)
         course += (told.quick_records, told.quick_knowledge, told.quick_attacks) if self.quick else audit
         return grid.digest(self.name, self.task, self.quick, course, *parts, *mechanism)

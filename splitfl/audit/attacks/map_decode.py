@@ -122,6 +122,7 @@ def _prepare(view: View) -> _Work:
 @torch.no_grad()
 def _whole_row(work: _Work, release: Release, found: dict[int, torch.Tensor]) -> bool:
     """Whether the likeliest token of every position, put together to a row, gives the very states that crossed."""
+    assert work.first is not None  # noqa: S101
     ids = work.proposals.guess(release.hidden)
     ids[0] = (work.first - release.hidden[0]).norm(dim=-1).argmin()
     distances = (work.bottom(ids[None])[0] - release.hidden).norm(dim=-1) / release.hidden.norm(dim=-1)
