@@ -32,7 +32,10 @@ from splitfl.audit.view import Guesses, Knowledge, Noise, View
 EXACT = 1e-3
 """Relative distance at which a token fits in any case; from a tuned bottom none does, and the usual distance counts."""
 MISFIT = 2.0
-"""Times the usual distance, beyond which more tokens are tried."""
+"""Times the usual distance, beyond which more tokens are tried, unless one of those tried stands out."""
+CLEAR = 0.7
+"""Share of the next one's distance at which the nearest token stands out: behind a tuned bottom distances differ from
+place to place, but the right token is nearer than all others."""
 CLOSE = 0.02
 """Usual relative distance up to which a whole row is taken as read when each of its positions fits."""
 _MARGIN = 20.0
@@ -215,9 +218,10 @@ class _Reading:
         if place == 0:
             return order, states
         work = self.work
-        distance = (states - target[:, None]).norm(dim=-1).amin(1) / target.norm(dim=-1)
+        distance, clear = _nearest_two((states - target[:, None]).norm(dim=-1))
+        distance = distance / target.norm(dim=-1)
         for size in sorted({min(64, likely.shape[1]), min(work.whole, likely.shape[1])}):
-            misfits = (distance > max(EXACT, MISFIT * work.usual)).nonzero()[:, 0]
+            misfits = ((distance > max(EXACT, MISFIT * work.usual)) & ~clear).nonzero()[:, 0]
             for index in misfits.split(1 if size > 64 else 32) if len(misfits) else ():
                 few = self.stepper.only(index)
                 more = likely[index].topk(size, dim=1).indices
@@ -229,6 +233,7 @@ class _Reading:
                 each = torch.arange(len(index))
                 order[index, 0], states[index, 0] = more[each, best], seen[each, best]
                 distance[index] = away[each, best] / target[index].norm(dim=-1)
+                clear[index] = _nearest_two(away)[1]
         return order, states
 
     # ---- scores
@@ -304,6 +309,14 @@ class _Reading:
         self.row, self.inner, self.own, self.log_p = (
             each[left] for each in (self.row, self.inner, self.own, self.log_p)
         )
+
+
+def _nearest_two(away: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least of the distances [H, N], and whether it is far below the next one."""
+    if away.shape[1] < 2:
+        return away[:, 0], torch.zeros(len(away), dtype=torch.bool)
+    two = away.topk(2, dim=1, largest=False).values
+    return two[:, 0], two[:, 0] < CLEAR * two[:, 1]
 
 
 def _token_factor(noise: Noise, states: torch.Tensor) -> torch.Tensor | float:
