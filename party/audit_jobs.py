@@ -87,13 +87,14 @@ def is_causal(kit: Kit) -> bool:
 def why_not(attack: Attack, knowledge: Knowledge, ground: Ground) -> str | None:
     """Why an attack is left out; None if it is not."""
     needs = attack.needs
+    if "update" in needs:  # what it says is of many rows at once, and scores here are of single ones
+        return "what an update tells is not held against the run's rows by this command yet"
     missing = {
         "causal": (ground.causal, "the bottom is not causal: each position depends on all others"),
         "auxiliary": (bool(ground.auxiliary), "the attacker has no text of its own"),
         "labelled": (bool(ground.labelled), "the attacker has no text with an attribute (a labelled --auxiliary)"),
         "model": (ground.model is not None, "the whole model was not given (--model)"),
         "embedding cut": (ground.kit.plan.bottom == 0, "the cut is not at the embeddings"),
-        "update": (bool(ground.recorded.updates), "no update of an adapter crossed in the clear"),
         "language model": (ground.kit.plan.task == "causal-lm", "the model is a classifier"),
         "classifier": (ground.kit.plan.task == "sequence-classification", "the model is no classifier"),
     }
