@@ -54,7 +54,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 fast: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 docs: $(READY)
 	$(TEST_ENV) $(BIN)/python -m tests.equivalence.table

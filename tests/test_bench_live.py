@@ -101,6 +101,7 @@ def children_of(process):
     raise AssertionError("the benchmark started no process")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_interrupted_run_keeps_its_figures_ends_its_children_and_is_resumed(tmp_path):

@@ -600,6 +600,7 @@ def test_a_teacher_counts_in_training_and_not_in_evaluation(taught, tmp_path):
 # ---- a whole run
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_was_broken_off_goes_on_and_ends_with_all_six_ways(tmp_path, monkeypatch, capsys):

@@ -547,6 +547,7 @@ def run_bench(*words):
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_interrupted_grid_keeps_its_figures_ends_its_children_and_is_resumed(tmp_path):

@@ -130,14 +130,6 @@ def test_a_beam_reads_at_least_as_well_behind_layers(tmp_path):
 
 
 @pytest.mark.slow
-def test_epochs_are_averaged_behind_layers_too(tmp_path):
-    noise = Gauss(clip=500.0, sigma=6.0)
-    once = make(tmp_path / "once", model="llama", rows=10, hidden=noise)
-    often = make(tmp_path / "often", model="llama", rows=10, hidden=noise, epochs=4)
-    assert read(often) > read(once) + 0.05
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["record", "token"])
 def test_clipping_by_itself_hides_nothing(unit, tmp_path):
     """Rows scaled to a third of their norm and hardly any noise: the factor is found, or applied to candidates too."""

@@ -40,8 +40,8 @@ def test_it_reads_more_than_each_position_by_itself(tmp_path):
 @pytest.mark.slow
 def test_noise_costs(tmp_path):
     clean = make(tmp_path / "clean", model="bert", bottom=1)
-    noisy = make(tmp_path / "noisy", model="bert", bottom=1, hidden=Gauss(clip=100.0, sigma=0.7))
-    often = make(tmp_path / "often", model="bert", bottom=1, hidden=Gauss(clip=100.0, sigma=0.7), epochs=6)
+    noisy = make(tmp_path / "noisy", model="bert", bottom=1, hidden=Gauss(clip=100.0, sigma=1.5))
+    often = make(tmp_path / "often", model="bert", bottom=1, hidden=Gauss(clip=100.0, sigma=1.5), epochs=6)
     shares = [each.share(run(each.view(effort="quick"))) for each in (noisy, often, clean)]
     assert shares[0] < shares[1] < shares[2]
 

@@ -33,6 +33,7 @@ def test_undefended_states_are_read(tmp_path, family):
     assert made.shuffled(guesses) <= 0.15
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_noise_takes_most_of_it_for_both_networks(tmp_path):
     plain = make(tmp_path, model="gpt2", bottom=1, top=1)

@@ -41,6 +41,7 @@ metric = "loss"
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_cells_are_run_attacked_summed_up_and_not_run_again(tmp_path, capsys):

@@ -14,6 +14,7 @@ from splitfl.emulator import EMULATOR_FILE, LARGEST_PLAN, file_hash, uniform_lay
 from splitfl.errors import ModelError, RefusedError, WireError
 from splitfl.kit import open_kit
 from splitfl.wire import frames as wire
+from splitfl.wire.channel import QUEUE
 from splitfl.wire.messages import (
     MAX_PIECE,
     WIRE_VERSION,
@@ -267,10 +268,12 @@ def test_the_first_byte_behind_the_end_is_not_there(greedy, emulator):
 
 
 def test_a_flood_of_fetches_is_answered_or_refused(greedy, emulator):
-    count = 200
+    count, came = 200, []
     for step in range(1, count + 1):
         ask(greedy, step=step)
-    came = [greedy.answer() for _ in range(count)]
+        if step > QUEUE - 2:  # beyond what its link may hold, an owner drops what a peer does not read
+            came.append(greedy.answer())
+    came += [greedy.answer() for _ in range(count - len(came))]
     codes = {each.code for each in came if isinstance(each, Refused)}
     assert codes <= {"too_large"}
     assert sum(isinstance(each, Piece) for each in came) >= MAX_FETCHES

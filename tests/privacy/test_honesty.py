@@ -80,6 +80,7 @@ def test_coarse_codes_are_compared_as_they_were_sent():
     assert sum(deviations) / len(deviations) < 0.1
 
 
+@pytest.mark.long
 @pytest.mark.slow  # some minutes on one core
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("family", "dtype"), [(SMOOTH, torch.bfloat16), ("llama", torch.float32)], ids=str)
