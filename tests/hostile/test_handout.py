@@ -271,7 +271,7 @@ def test_a_flood_of_fetches_is_answered_or_refused(greedy, emulator):
     count, came = 200, []
     for step in range(1, count + 1):
         ask(greedy, step=step)
-        if step > QUEUE - 2:  # beyond what its link may hold, an owner drops what a peer does not read
+        if step > QUEUE // 2:  # beyond what its link may hold, an owner drops what a peer does not read
             came.append(greedy.answer())
     came += [greedy.answer() for _ in range(count - len(came))]
     codes = {each.code for each in came if isinstance(each, Refused)}
