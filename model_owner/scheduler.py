@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from model_owner.observer import NoObserver, Observer
 from splitfl.errors import InternalError
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class _Job:
     work: Callable[[], Any] = field(compare=False)
     done: asyncio.Future[Any] = field(compare=False)
     loop: asyncio.AbstractEventLoop = field(compare=False)
+    came: float = field(default_factory=time.monotonic, compare=False)
 
 
 class Scheduler:
@@ -40,9 +42,11 @@ class Scheduler:
     Args:
         workers: threads that compute at the same time.
         threads: torch's threads within each worker; None leaves torch's choice.
+        observer: is told of each piece of work.
     """
 
-    def __init__(self, workers: int = 1, threads: int | None = None) -> None:
+    def __init__(self, workers: int = 1, threads: int | None = None, observer: Observer | None = None) -> None:
+        self._observer: Observer = observer or NoObserver()
         self._threads_each = threads
         self._queue: list[_Job] = []
         self._ready = threading.Condition()
@@ -111,10 +115,12 @@ class Scheduler:
     def _finish(self, job: _Job) -> None:
         result: Any = None
         problem: BaseException | None = None
+        begun = time.monotonic()
         try:
             result = job.work()
         except BaseException as error:  # the waiting coroutine must hear of anything that goes wrong
             problem = error
+        self._observer.work_done(begun - job.came, time.monotonic() - begun)
         news = functools.partial(_settle, job.done, result, problem)
         _tell(job.loop, news)
         # A problem remembers this frame: if the frame knew the problem, its tensors would stay until a collection.

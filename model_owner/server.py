@@ -23,6 +23,7 @@ from model_owner import refusals
 from model_owner.admission import Admission, ServerLimits, check_offer, make_room, new_session
 from model_owner.answer import Answerer, Outcome
 from model_owner.handout import Handout
+from model_owner.observer import Ended, NoObserver, Observer
 from model_owner.refusals import Refusal
 from model_owner.scheduler import Scheduler
 from model_owner.sessions import HeldSession, SessionTable
@@ -73,10 +74,11 @@ class Server:
 
     def __init__(
         self, socket: OwnerSocket, plan: Plan, answerer: Answerer, scheduler: Scheduler, admission: Admission,
-        limits: ServerLimits, handout: Handout | None = None,
+        limits: ServerLimits, handout: Handout | None = None, observer: Observer | None = None,
     ) -> None:  # fmt: skip
         self.socket, self.plan, self.answerer, self.scheduler = socket, plan, answerer, scheduler
         self.admission, self.limits, self.handout = admission, limits, handout
+        self.observer: Observer = observer or NoObserver()
         self.table = SessionTable(limits.lease_s)
         self.counters = Counters()
         self._draining = False
@@ -157,6 +159,7 @@ class Server:
         self._send([envelope.route], wire.encode(welcome, {}))
         if is_new:
             self.counters.sessions += 1
+            self.observer.session_opened(held.facts)
             self._note("session open: party %s, protocol %s, %s", party, message.protocol, message.wire_dtype)
 
     def _open(self, envelope: Envelope, message: Hello, party: str) -> HeldSession:
@@ -165,7 +168,7 @@ class Server:
         forgotten = make_room(self.table, envelope.sender, self.limits)
         if forgotten is not None:
             self._note("a silent session of %s gives way to its next one", forgotten.party)
-            self._end(forgotten)
+            self._end(forgotten, "gave way")
         share = self.table.share(envelope.sender, self.answerer.budget)
         return new_session(message, party, envelope, self.limits, self.plan.width, share)
 
@@ -218,6 +221,7 @@ class Server:
     async def _serve(self, held: HeldSession, message: Request, envelope: Envelope, size: int) -> None:
         """Schedule one request and answer it; if its session has ended meanwhile, nobody is told."""
         request = (kind(message), message.step)
+        started = time.monotonic()
         try:
             match message:
                 case Forward():
@@ -231,6 +235,7 @@ class Server:
                 if not isinstance(message, Fetch):  # a file can be read again
                     held.remember(request, frames)
                 self._send(held.routes, frames)
+                self.observer.request_served(held.told(message, size, frames, time.monotonic() - started))
         except wire.Violation as violation:
             if self._is_open(held):
                 self._refuse(held.routes, held.key[1], violation, step=message.step, held=held)
@@ -324,6 +329,7 @@ class Server:
         held: HeldSession | None = None,
     ) -> None:  # fmt: skip
         self.counters.refusals[violation.code] = self.counters.refusals.get(violation.code, 0) + 1
+        self.observer.refused(violation.code, held.name if held else None)
         self._note("refused: %s (%s)", violation.code, violation.problem)
         refused = Refused(
             session=number,
@@ -338,18 +344,20 @@ class Server:
                 held.talk.send(refused)
         self._send(routes, wire.encode(refused, {}))
 
-    def _say_closed(self, held: HeldSession) -> None:
+    def _say_closed(self, held: HeldSession, why: Ended = "closed") -> None:
         closed = Closed(session=held.key[1])
         with contextlib.suppress(wire.Violation):
             held.talk.send(closed)
         self._send(held.routes, wire.encode(closed, {}))
-        self._end(held)
+        self._end(held, why)
 
     def _is_open(self, held: HeldSession) -> bool:
         return self.table.find(held.key) is held
 
-    def _end(self, held: HeldSession) -> None:
+    def _end(self, held: HeldSession, why: Ended = "closed") -> None:
         """Forget a session and give back what it holds."""
+        if self._is_open(held):
+            self.observer.session_ended(held.facts, why, time.monotonic() - held.opened)
         self.table.remove(held)
         self.scheduler.forget(held.key)
 
@@ -377,13 +385,13 @@ class Server:
             if self.admission.allowed(held.key[0].encode()) is None:
                 log.info("session of %s ended: its key was revoked", held.party)
                 self._refuse(held.routes, held.key[1], refusals.revoked())
-                self._end(held)
+                self._end(held, "revoked")
 
     def _end_expired(self) -> None:
         """No goodbye: a party that comes back is told that its session is unknown, and opens it again by itself."""
         for held in self.table.expired():
             self._note("session of %s expired after %.0f s of silence", held.party, self.limits.lease_s)
-            self._end(held)
+            self._end(held, "expired")
 
     async def _drain(self) -> None:
         """Finish what is under way, then close every session. Messages are read all the time, to say no to them."""
@@ -393,7 +401,7 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait(waiting, timeout=_DRAIN_S)
         for held in self.table:
-            self._say_closed(held)
+            self._say_closed(held, "stopped")
         c = self.counters
         log.info("stopped: %d sessions, %d forwards, %d backwards, %d tokens, %d bytes handed out", c.sessions,
                  c.forwards, c.backwards, c.tokens, c.piece_bytes)  # fmt: skip

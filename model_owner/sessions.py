@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from transformers import Cache
 
 from model_owner.memory import MemoryBudget, Share
+from model_owner.observer import Served, SessionFacts, Work
 from model_owner.trunk import Kept
 from splitfl.link import decoded
+from splitfl.wire.channel import INSECURE_SENDER
 from splitfl.wire.codecs import Frame, nbytes
 from splitfl.wire.frames import Limits
-from splitfl.wire.messages import BYTES_PER_ELEMENT
+from splitfl.wire.keys import fingerprint
+from splitfl.wire.messages import BYTES_PER_ELEMENT, Backward, Fetch, Forward
 from splitfl.wire.session import OwnerSession
 
 SessionKey: TypeAlias = tuple[str, int]
@@ -62,6 +66,42 @@ class HeldSession:
     """Bytes of the emulator."""
     cache_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a cache is in use: requests on caches of one session do not overlap."""
+
+    name: str = field(default_factory=lambda: secrets.token_hex(6))
+    """For logs and records."""
+    opened: float = field(default_factory=time.monotonic)
+
+    @property
+    def facts(self) -> SessionFacts:
+        """What an observer is told about it."""
+        sender, terms = self.key[0], self.talk.terms
+        shown = sender if sender == INSECURE_SENDER else fingerprint(sender.encode())
+        return SessionFacts(
+            name=self.name, party=self.party, fingerprint=shown, protocol=terms.protocol, wire_dtype=terms.wire_dtype
+        )
+
+    def told(self, message: Forward | Backward | Fetch, size: int, frames: Sequence[Frame], seconds: float) -> Served:
+        """What an observer is told of an answer.
+
+        Args:
+            message: the request.
+            size: its bytes; what it asks for, if it is a `Fetch`.
+            frames: of the answer.
+            seconds: from the one to the other.
+        """
+        work: Work = "fetch" if isinstance(message, Fetch) else "backward"
+        if isinstance(message, Forward):
+            work = "decode" if message.past else "forward"
+        rows, new = (0, 0) if isinstance(message, Fetch) else message.tensors[0].shape[:2]
+        return Served(
+            session=self.name,
+            party=self.party,
+            work=work,
+            tokens=rows * new,
+            bytes_in=0 if isinstance(message, Fetch) else size,
+            bytes_out=sum(map(nbytes, frames)),
+            seconds=seconds,
+        )
 
     def heard(self, route: bytes) -> None:
         """Note that the party is there, and where."""
