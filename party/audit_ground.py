@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from party.audit_choice import Choice, choose
-from party.audit_jobs import Ground, is_causal
+from party.audit_jobs import Ground
 from party.recorded import Recorded, open_recorded
 from party.rundir import RunDirectory
 from splitfl.audit.baselines import by_model
+from splitfl.audit.bottom import is_causal, open_bottom
 from splitfl.audit.controls import SAME, distance, make_twins
 from splitfl.audit.scoring import Truth, name_of
 from splitfl.audit.truth import TrueRow
-from splitfl.audit.view import Domain, Noise, Sent
+from splitfl.audit.view import Domain, Knowledge, Noise, Sent, View
 from splitfl.audit.words import Marked, mark
 from splitfl.config import TuneSettings
 from splitfl.config_audit import AuditSettings
@@ -29,12 +30,13 @@ _LONGEST = 192
 """Tokens of one auxiliary text."""
 
 
-def open_ground(settings: AuditSettings, say: Any) -> tuple[Ground, float | None]:
+def open_ground(settings: AuditSettings, say: Any, *, traffic: bool = True) -> tuple[Ground, float | None]:
     """Open everything that the audit needs.
 
     Args:
         settings: of the command.
         say: prints a line for people.
+        traffic: whether what crossed is attacked; without it a run with an adapter needs no recording.
 
     Returns:
         The ground, and how far the traffic is from its twin (None where that cannot be told).
@@ -46,8 +48,9 @@ def open_ground(settings: AuditSettings, say: Any) -> tuple[Ground, float | None
     run = RunDirectory(settings.run)
     tuned = run.settings()
     kit = open_kit(settings.kit or tuned.kit)
-    known = _recorded(settings, run, kit, ())
-    if not known.truth:
+    without = not traffic and not run.recording.is_dir()
+    known = Recorded(run=run) if without else _recorded(settings, run, kit, ())
+    if not known.truth and not known.updates and traffic:
         raise UsageError(
             "This recording does not say which rows crossed, so nothing could be scored.",
             expected="a run directory of `splitfl tune --record`, with its own recording",
@@ -55,21 +58,24 @@ def open_ground(settings: AuditSettings, say: Any) -> tuple[Ground, float | None
     several = not _plain(known.noise) or not _plain(known.gradient_noise)
     count = min(settings.records, QUICK_ROWS) if settings.quick else settings.records
     choice = choose(known, count, several=several, seed=settings.seed)
-    recorded = _recorded(settings, run, kit, choice.numbers)
+    recorded = known if without else _recorded(settings, run, kit, choice.numbers)
     sent = {each.number: each for each in recorded.sent}
-    say(f"{len({name_of(known.truth[n]) for n in choice.numbers})} rows of the run, as sent {len(sent)} times")
+    if sent:
+        rows_sent = len({name_of(known.truth[number]) for number in choice.numbers})
+        say(f"{rows_sent} rows of the run, as sent {len(sent)} times")
     twins, off = _twins(kit, recorded, choice, sent)
     auxiliary, labelled, domain = own_text(settings, kit)
-    causal_text = kit.plan.task == "causal-lm" and settings.model is not None
+    causal_text = kit.plan.task == "causal-lm" and settings.model is not None and bool(sent)
     rows = tuple(recorded.truth[number] for number in sorted(sent))
     truth = Truth(
         rows=rows,
         marks=_marks(kit, rows, tuned),
         model=by_model(rows, cast("Path", settings.model)) if causal_text else None,
     )
+    bottom = open_bottom(View(kit=kit, knowledge=Knowledge.BASE))
     ground = Ground(
         kit=kit, recorded=recorded, choice=choice, truth=truth, sent=sent, twins=twins, auxiliary=auxiliary,
-        labelled=labelled, domain=domain, model=settings.model, causal=is_causal(kit),
+        labelled=labelled, domain=domain, model=settings.model, causal=is_causal(bottom),
         effort="quick" if settings.quick else "default", seed=settings.seed,
     )  # fmt: skip
     return ground, off
@@ -90,6 +96,8 @@ def _twins(
 ) -> tuple[dict[int, Sent], float | None]:
     """The undefended twin of a defended run, by number; and how far the traffic is from it at known adapters."""
     named = not _plain(recorded.noise) or not _plain(recorded.gradient_noise)
+    if not sent:
+        return {}, None
     if not choice.known:
         if named:
             raise DataError(

@@ -13,7 +13,6 @@ import torch
 from party.audit_choice import Choice, Part
 from party.recorded import Recorded
 from splitfl.audit.attack import Attack
-from splitfl.audit.bottom import open_bottom
 from splitfl.audit.controls import check_negative, shuffle
 from splitfl.audit.results import Cost, Outcome, Shown, Traffic, named
 from splitfl.audit.scoring import Truth, main_of, name_of, score
@@ -71,17 +70,6 @@ class Job:
     def numbers(self) -> frozenset[int]:
         """Of all parts."""
         return frozenset(number for _, numbers in self.parts for number in numbers)
-
-
-def is_causal(kit: Kit) -> bool:
-    """Whether a position at the cut depends on earlier ones alone; tried, since families do not say it alike."""
-    bottom = open_bottom(View(kit=kit, knowledge=Knowledge.BASE))
-    ids = torch.arange(5, 9)[None] % len(bottom.embeddings)
-    other = ids.clone()
-    other[0, -1] = (other[0, -1] + 7) % len(bottom.embeddings)
-    with torch.no_grad():
-        one, two = bottom(ids), bottom(other)
-    return bool(torch.allclose(one[0, :-1], two[0, :-1], atol=1e-5))
 
 
 def why_not(attack: Attack, knowledge: Knowledge, ground: Ground) -> str | None:

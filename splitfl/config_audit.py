@@ -58,12 +58,24 @@ class AuditSettings(Settings):
         ATTACKER,
     ] = None
 
+    canaries: Annotated[
+        Path | None,
+        "Secrets that were planted in the rows: canaries.jsonl of `python -m splitfl.audit.canaries`.",
+        ATTACKER,
+    ] = None
+
     out: Annotated[Path | None, "Directory for the report card and what it is made of. Default: RUN/audit.", REPORT] = (
         None
     )
     texts: Annotated[bool, "Show the worst reconstructions beside their originals. Such a page holds rows.", REPORT] = (
         True
     )
+
+    reference: Annotated[
+        Path | None,
+        "Run directory of the same tuning without protection: the report says what protection gave up.",
+        REPORT,
+    ] = None
 
     kit: Annotated[Path | None, "Kit directory. Default: as in the run.", RECORDING] = None
     key: Annotated[

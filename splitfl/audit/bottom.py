@@ -86,6 +86,16 @@ def open_bottom(view: View) -> Bottom:
     return Bottom(known_model(view), plan.stack, plan.bottom)
 
 
+@torch.no_grad()
+def is_causal(bottom: Bottom) -> bool:
+    """Whether a position at the cut depends on earlier ones alone; tried, since families do not say it alike."""
+    ids = torch.arange(5, 9)[None] % len(bottom.embeddings)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 7) % len(bottom.embeddings)
+    one, two = bottom(ids), bottom(other)
+    return bool(torch.allclose(one[0, :-1], two[0, :-1], atol=1e-5))
+
+
 def known_model(view: View) -> PreTrainedModel:
     """The kit's model as this attacker knows it, bottom and top, float32; pass-throughs where the trunk is."""
     plan = view.kit.plan

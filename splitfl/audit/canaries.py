@@ -114,12 +114,17 @@ def insert(rows: Sequence[dict[str, Any]], canaries: Sequence[Canary], *, seed: 
     Raises:
         DataError: rows that are neither text, prompt and completion, instruction and output, nor messages.
     """
-    form = _form(rows)
-    marked = [*rows, *(_row(form, each) for each in canaries if each.included for _ in range(each.repeats))]
+    form = form_of(rows)
+    marked = [*rows, *(row_of(form, each) for each in canaries if each.included for _ in range(each.repeats))]
     return [marked[at] for at in np.random.default_rng(seed).permutation(len(marked)).tolist()]
 
 
-def _form(rows: Sequence[dict[str, Any]]) -> str:
+def form_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The form of rows that a canary can take.
+
+    Raises:
+        DataError: it can take none of theirs.
+    """
     keys = set(rows[0]) if rows else set()
     for form, needed in _FORMS.items():
         if needed <= keys:
@@ -133,7 +138,8 @@ _FORMS = {
 }  # fmt: skip
 
 
-def _row(form: str, canary: Canary) -> dict[str, Any]:
+def row_of(form: str, canary: Canary) -> dict[str, Any]:
+    """A canary as a row of this form."""
     if form == "messages":
         said = (("user", canary.prefix), ("assistant", canary.secret))
         return {"messages": [{"role": role, "content": content} for role, content in said]}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from splitfl.audit.controls import SAME, Control
+from splitfl.audit.examined import Examined
 from splitfl.audit.results import Outcome, Shown, Skipped
 from splitfl.audit.scoring import BLIND, BY_MODEL, ENOUGH
 from splitfl.config import TuneSettings
@@ -69,6 +70,10 @@ class Card:
     """Whether entities were found by rules."""
     with_model: bool
     finished: bool
+    examined: tuple[Examined, ...] = ()
+    """What was looked at beside the traffic."""
+    reference: Path | None = None
+    """Run directory of the same tuning without protection."""
     datasets: tuple[str, ...] = ()
     """Fingerprints of the run's rows, for the ledger."""
     ledger: Path | None = None
@@ -130,6 +135,7 @@ def write_card(folder: Path, card: Card) -> Path:
         channels=_channels(run),
         accounts=_accounts(card),
         texts=_texts(card),
+        given_up=_given_up(card.reference, before, after),
         switches=_switches(run),
         controls=_controls(card),
         defended=any(each.traffic == "undefended" for each in card.outcomes),
@@ -229,6 +235,22 @@ def _switches(run: Run) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _given_up(reference: Path | None, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The run's held-out figures beside those of the same tuning without protection, and the share of the gain kept."""
+    if reference is None:
+        return []
+    other = read_run_directory(reference)
+    first, last = other.measured("before"), other.measured("after")
+    rows = []
+    for name in ("loss", "perplexity", "accuracy", "macro_f1"):
+        if name in after and name in last:
+            start = first.get(name, before.get(name))
+            gained = None if start is None else last[name] - start
+            kept = None if not gained or start is None else (after[name] - start) / gained
+            rows.append({"name": name, "run": after[name], "open": last[name], "kept": kept})
+    return rows
 
 
 # ---- reconstructions

@@ -119,16 +119,16 @@ def digest(sent: Iterable[Sent], *more: object) -> str:
 # ---- files
 
 
-def keep(path: Path, key: str, outcome: Outcome | Control) -> None:
-    """Write a result for `find`."""
+def keep(path: Path, key: str, outcome: Any) -> None:
+    """Write an `Outcome`, a `Control` or an `Examined`, to be found again under the same key; mode 0600."""
     replace_text(path, json.dumps({"key": key, "result": dataclasses.asdict(outcome)}, indent=1) + "\n")
     path.chmod(0o600)
 
 
 def find_outcome(path: Path, key: str) -> Outcome | None:
     """The outcome in this file, if it was made under the same key."""
-    found = _read(path, key)
-    if found is None:
+    found = read_kept(path, key)
+    if found is None or "facts" in found:  # or an `Examined`
         return None
     try:
         return Outcome(
@@ -141,16 +141,16 @@ def find_outcome(path: Path, key: str) -> Outcome | None:
             }
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def find_control(path: Path, key: str) -> Control | None:
     """The control in this file, if it was made under the same key."""
-    found = _read(path, key)
+    found = read_kept(path, key)
     try:
         return None if found is None else _control(found)
     except (KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _control(found: Mapping[str, Any]) -> Control:
@@ -161,18 +161,24 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _read(path: Path, key: str) -> dict[str, Any] | None:
+def read_kept(path: Path, key: str) -> dict[str, Any] | None:
+    """The fields of what `keep` wrote to this file, if it was made under the same key.
+
+    Raises:
+        DataError: the file holds something else.
+    """
     if not path.is_file():
         return None
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         same, result = held["key"] == key, held["result"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return dict(result) if same else None
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def unreadable(path: Path, error: Exception) -> DataError:
+    """What to say of a file that is no result."""
     return DataError(
         f"{path} is no result of an audit ({type(error).__name__}).", hint="remove it, and that attack is run again"
     )

@@ -159,8 +159,13 @@ def steps_score(seen: NDArray[np.float64], *, noise: float, rate: float) -> NDAr
 class Releasing(Protocol):
     """What is audited: `splitfl.privacy.mechanisms.Gauss`, or something that says it is one."""
 
-    clip: float
-    sigma: float
+    @property
+    def clip(self) -> float:
+        """Largest norm of a unit."""
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation on each coordinate."""
 
     def protect(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | Coded:
         """What may leave instead of `x`."""

@@ -214,7 +214,8 @@ def _there(tensor: torch.Tensor | None) -> torch.Tensor:
 
 def extraction_curve(
     kit: Kit, traffic: Sequence[Recorded], held_out: Sequence[Recorded], budgets: Sequence[int],
-    settings: Settings | None = None,
+    settings: Settings | None = None, *, top: Top | None = None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> list[Point]:  # fmt: skip
     """A student for each budget of tokens; more tokens hold all that fewer hold.
 
@@ -224,18 +225,24 @@ def extraction_curve(
         held_out: what it is measured on; other rows.
         budgets: tokens; whole rows are taken as long as they fit. One that not one row fits is left out.
         settings: of the training.
+        top: what makes tokens of an output; the kit's own, untuned, unless given.
+        progress: called with the share that is done.
     """
     settings = settings or Settings()
-    top = Top(kit.load(torch.float32), kit.plan)
+    top = top or Top(kit.load(torch.float32), kit.plan)
     order = np.random.default_rng(settings.seed).permutation(len(traffic)).tolist()
     skipped = _worth(top, held_out, lambda hidden, _output, _mask: hidden)
     true = _worth(top, held_out, lambda _hidden, output, _mask: output)
     points = []
-    for budget in sorted(set(budgets)):
+    wanted = sorted(set(budgets))
+    for place, budget in enumerate(wanted):
         rows = list(_fitting([traffic[at] for at in order], budget))
         if not rows:
             continue
-        student = train_student(kit, rows, settings)
+        student = train_student(
+            kit, rows, settings,
+            lambda share, place=place: progress((place + share) / len(wanted)),  # type: ignore[misc]
+        )  # fmt: skip
         worth = _worth(top, held_out, lambda hidden, _output, mask, student=student: student(hidden, mask))  # type: ignore[misc]
         tokens = sum(len(row.labels) for row in rows)
         points.append(Point(tokens=tokens, student=worth, skipped=skipped, true=true))
