@@ -36,7 +36,7 @@ from splitfl.cut import (
     max_length_of,
     module_at,
 )
-from splitfl.errors import ModelError
+from splitfl.errors import ModelError, printable
 from splitfl.load import (
     fingerprint_trunk,
     is_trunk_tensor,
@@ -49,6 +49,7 @@ from splitfl.load import (
 from splitfl.wire.messages import WIRE_VERSION
 
 PLAN_FILE = "splitfl.json"
+_MOST_LAYERS, _WIDEST, _LONGEST = 10_000, 1 << 20, 1 << 40  # some families say a huge number where nothing bounds them
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -357,13 +358,27 @@ def open_kit(path: Path) -> Kit:
         )
     try:
         plan = msgspec.json.decode(file.read_bytes(), type=Plan)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(
-            f"{file} cannot be read: {error}.", hint="write the kit again with the owner's version of splitfl"
+            f"{file} cannot be read: {printable(str(error), 160)}.",
+            hint="write the kit again with the owner's version of splitfl",
         ) from error
     if plan.wire_version != WIRE_VERSION:
         raise ModelError(
             f"Kit {path} speaks wire version {plan.wire_version}, this splitfl version {WIRE_VERSION}.",
             hint="install the owner's version of splitfl, or ask for a new kit",
         )
+    _check_plan(plan, file)
     return Kit(path=path, plan=plan)
+
+
+def _check_plan(plan: Plan, file: Path) -> None:
+    """Refuse figures that no kit of ours has: sizes and indices follow from them."""
+    check_cut(plan.layers, plan.bottom, plan.top)
+    largest = (plan.layers, _MOST_LAYERS), (plan.width, _WIDEST), (plan.max_length or 1, _LONGEST)
+    if not all(0 < figure <= bound for figure, bound in largest) or plan.dtype not in DTYPES:
+        raise ModelError(
+            f"{file} names sizes or a dtype that no model here has.",
+            expected=f"1 to {_MOST_LAYERS} layers, a width up to {_WIDEST}, {', '.join(DTYPES)}",
+            hint="get the kit again",
+        )
