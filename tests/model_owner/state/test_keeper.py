@@ -1,0 +1,383 @@
+"""What an owner remembers: written in batches by a thread of its own, in SQLite and in PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import inspect, select, text
+
+from model_owner.observer import Served, SessionFacts
+from model_owner.refusals import Refusal
+from model_owner.state import Database, Keeper, keeper
+from model_owner.state.pending import Pending, day_of
+from model_owner.state.reading import parties, usage
+from model_owner.state.schema import META, METADATA, SCHEMA, SESSIONS, migrate
+from model_owner.state.writing import begin_run, write
+from splitfl.errors import DataError, ResourceError, UsageError
+
+OLD = Path(__file__).with_name("schema1.sql")
+NOON = 1_793_534_400.0  # 2026-11-01 12:00 UTC
+
+
+def facts(name, party="hospital"):
+    return SessionFacts(name=name, party=party, fingerprint=f"SHA256:{party}", protocol="split", wire_dtype="float32")
+
+
+def served(session, party="hospital", work="forward", tokens=10):
+    return Served(session=session, party=party, work=work, tokens=tokens, bytes_in=100, bytes_out=120, seconds=0.1)
+
+
+class Clock:
+    def __init__(self, now=NOON):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def kept(place, clock=time.time, server="owner"):
+    return Keeper(Database(place, server=server), server, clock)
+
+
+def sessions_in(place):
+    with Database(place, write=False) as database, database.engine.begin() as db:
+        return {row["name"]: dict(row) for row in db.execute(select(SESSIONS)).mappings()}
+
+
+def test_what_a_session_did_is_there_afterwards(place):
+    clock = Clock()
+    one = kept(place, clock)
+    one.session_opened(facts("a"))
+    clock.now += 30
+    for work in ("forward", "backward", "decode", "fetch"):
+        one.request_served(served("a", work=work, tokens=0 if work == "fetch" else 10))
+    clock.now += 30
+    one.session_ended(facts("a"), "closed", 60.0)
+    one.charge("hospital", 30)
+    one.close()
+    row = sessions_in(place)["a"]
+    assert row == {
+        "name": "a", "server": "owner", "party": "hospital", "fingerprint": "SHA256:hospital", "protocol": "split",
+        "wire_dtype": "float32", "opened": NOON, "ended": NOON + 60, "why": "closed", "seconds": 60.0,
+        "tokens_forward": 10, "tokens_backward": 10, "tokens_decode": 10, "bytes_in": 400, "bytes_out": 480,
+        "requests": 4, "steps": 1,
+    }  # fmt: skip
+    with Database(place, write=False) as database:
+        (used,) = usage(database)
+        (party,) = parties(database, "2026-11-01")
+    assert (used.party, used.day) == ("hospital", "2026-11-01")
+    assert used.sums == {
+        "sessions": 1, "session_seconds": 60.0, "tokens_forward": 10, "tokens_backward": 10, "tokens_decode": 10,
+        "bytes_in": 400, "bytes_out": 480, "requests": 4, "steps": 1,
+    }  # fmt: skip
+    assert (party.keys, party.first_seen, party.last_seen, party.spent_tokens) == (1, NOON, NOON + 60, 30)
+    assert party.open_sessions == 0
+
+
+def test_usage_goes_to_the_day_in_utc_and_days_add_up(place):
+    clock = Clock(NOON + 12 * 3600 - 1)
+    one = kept(place, clock)
+    one.session_opened(facts("a"))
+    one.request_served(served("a", tokens=5))
+    clock.now += 2
+    one.request_served(served("a", tokens=7))
+    one.session_ended(facts("a"), "closed", 2.0)
+    one.close()
+    with Database(place, write=False) as database:
+        assert {each.day: each.sums["tokens_forward"] for each in usage(database)} == {"2026-11-01": 5, "2026-11-02": 7}
+        assert [each.sums["tokens_forward"] for each in usage(database, by_day=False)] == [12]
+        assert [each.day for each in usage(database, "2026-11-02")] == ["2026-11-02"]
+        assert [each.day for each in usage(database, None, "2026-11-01")] == ["2026-11-01"]
+
+
+def test_charges_outlive_the_owner_and_are_known_at_once(place):
+    one = kept(place)
+    one.charge("hospital", 5)
+    assert one.spent_tokens("hospital") == 5
+    asyncio.run(one.secured("hospital"))
+    with Database(place, write=False) as database, database.engine.begin() as db:  # before it is closed
+        assert db.execute(text("SELECT tokens FROM charges")).scalar() == 5
+    one.charge("hospital", 6)
+    one.close()
+    again = kept(place)
+    assert (again.spent_tokens("hospital"), again.spent_tokens("clinic")) == (11, 0)
+    again.close()
+
+
+def test_what_nobody_waits_for_is_written_within_the_time_stated(place):
+    one = kept(place)
+    one.charge("hospital", 1)
+    one.flush()
+    begun = time.monotonic()
+    one.session_opened(facts("a"))
+    while "a" not in sessions_in(place):
+        assert time.monotonic() - begun < keeper.FLUSH_S + 5
+    one.session_ended(facts("a"), "closed", 0.0)
+    one.close()
+
+
+def test_many_who_wait_share_few_writes(tmp_path):
+    one = kept(str(tmp_path / "s"))
+
+    async def ask():
+        async def answer(party):
+            for _ in range(20):
+                one.charge(party, 1)
+                await one.secured(party)
+
+        await asyncio.gather(*(answer(f"p{n}") for n in range(16)))
+
+    asyncio.run(ask())
+    assert one._number < 16 * 20 / 4
+    assert [one.spent_tokens(f"p{n}") for n in range(16)] == [20] * 16
+    one.close()
+
+
+def test_a_session_that_a_kill_left_open_is_marked_as_lost(place):
+    clock = Clock()
+    first = kept(place, clock)
+    first.session_opened(facts("a"))
+    clock.now += 5
+    first.request_served(served("a"))
+    first.flush()
+    with first.database.engine.begin() as db:  # as a new process would, the first one being dead
+        begin_run(db, "owner", "another")
+    row = sessions_in(place)["a"]
+    assert (row["why"], row["ended"]) == ("lost", NOON + 5)
+    first._pending = Pending()
+    first.close()
+
+
+def test_a_batch_whose_commit_was_not_heard_of_is_not_written_twice(place):
+    with Database(place) as database:
+        batch = Pending()
+        batch.open(facts("a"), "owner", NOON)
+        batch.serve(served("a"), NOON)
+        batch.charge("hospital", 10)
+        with database.engine.begin() as db:
+            begin_run(db, "owner", "run")
+        for _ in range(3):
+            with database.engine.begin() as db:
+                assert write(db, batch, 1, "owner", "run") == {"hospital": 10}
+        (used,) = usage(database)
+        assert used.sums["tokens_forward"] == 10
+        with database.engine.begin() as db, pytest.raises(ResourceError, match="Another owner writes"):
+            write(db, batch, 3, "owner", "run")
+        with database.engine.begin() as db, pytest.raises(ResourceError, match="Another owner writes"):
+            write(db, batch, 1, "owner", "of somebody else")
+
+
+def test_where_nothing_can_be_written_answers_with_a_budget_wait_and_then_are_refused(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(keeper, "SECURE_S", 0.3)
+    one = kept(str(tmp_path / "s"))
+    with sqlite3.connect(tmp_path / "s", isolation_level=None) as other:
+        other.execute("ALTER TABLE charges RENAME TO hidden")
+        one.charge("hospital", 5)
+        with pytest.raises(Refusal) as refused:
+            asyncio.run(one.secured("hospital"))
+        assert refused.value.code == "busy"
+        assert one.failure is not None
+        other.execute("ALTER TABLE hidden RENAME TO charges")
+    other.close()
+    asyncio.run(asyncio.wait_for(_until(lambda: one.failure is None), 30))
+    asyncio.run(one.secured("hospital"))
+    assert one.spent_tokens("hospital") == 5
+    one.close()
+    assert caplog.text.count("the state cannot be written") == 1
+    assert "hospital" not in caplog.text
+
+
+async def _until(condition):
+    while not condition():
+        await asyncio.sleep(0.02)
+
+
+def test_what_cannot_be_written_at_the_end_is_an_error(tmp_path):
+    one = kept(str(tmp_path / "s"))
+    with sqlite3.connect(tmp_path / "s", isolation_level=None) as other:
+        other.execute("DROP TABLE charges")
+    other.close()
+    one.charge("hospital", 5)
+    with pytest.raises(ResourceError, match="last seconds"):
+        one.close()
+
+
+def test_the_thread_that_serves_does_not_wait_for_the_disk(tmp_path):
+    one = kept(str(tmp_path / "s"))
+    with sqlite3.connect(tmp_path / "s", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")  # for as long as this holds, every write waits
+        begun = time.monotonic()
+        one.session_opened(facts("a"))
+        for _ in range(1000):
+            one.request_served(served("a"))
+            one.charge("hospital", 10)
+        assert time.monotonic() - begun < 1.0
+        other.execute("ROLLBACK")
+    other.close()
+    one.flush()
+    assert sessions_in(tmp_path / "s")["a"]["tokens_forward"] == 10_000
+    one.session_ended(facts("a"), "closed", 1.0)
+    one.close()
+
+
+def test_several_owners_add_to_the_same_parties(server, tmp_path):
+    """Two threads here; with PostgreSQL they may as well be two machines."""
+    with Database(server) as database, database.engine.begin() as db:
+        METADATA.drop_all(db)
+        migrate(db, "here")
+    owners = [kept(server, server=name) for name in ("east", "west")]
+
+    def work(owner):
+        owner.session_opened(facts(owner.server))
+        for _ in range(50):
+            owner.request_served(served(owner.server))
+            owner.charge("hospital", 3)
+            owner.charge("clinic", 1)
+            asyncio.run(owner.secured("hospital"))
+        owner.session_ended(facts(owner.server), "closed", 1.0)
+        owner.flush()
+
+    threads = [threading.Thread(target=work, args=(owner,)) for owner in owners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for owner in owners:  # each hears of what the other charged with its own next charge
+        owner.charge("hospital", 0)
+        owner.flush()
+        assert owner.spent_tokens("hospital") == 300
+    with pytest.raises(ResourceError, match="another owner called 'east'"):
+        Database(server, server="east")
+    for owner in owners:
+        owner.close()
+    with Database(server, write=False) as database:
+        (used,) = usage(database)
+        assert used.sums["requests"] == 100
+        assert used.sums["sessions"] == 2
+
+
+# ---- the file
+
+
+def old_state(tmp_path):
+    path = tmp_path / "old.sqlite"
+    with sqlite3.connect(path) as db:
+        db.executescript(OLD.read_text(encoding="utf-8"))
+    db.close()
+    return path
+
+
+def test_an_old_state_is_brought_up_to_date(tmp_path):
+    path = old_state(tmp_path)
+    with pytest.raises(DataError, match="has schema 1"):
+        Database(path, write=False)
+    one = kept(path)
+    assert (one.spent_tokens("hospital"), one.spent_tokens("clinic")) == (1500, 70)  # what was served counts
+    one.request_served(served("aa02", tokens=1, work="decode"))
+    one.close()
+    with Database(path, write=False) as database:
+        sums = {(each.party, each.day): each.sums for each in usage(database, last="2026-11-30")}
+        assert sums["hospital", "2026-11-02"]["tokens_forward"] == 1000
+        assert sums["hospital", "2026-11-02"]["tokens_decode"] == 0
+        assert len(parties(database, "2026-11-04")) == 2
+    rows = sessions_in(path)
+    assert (rows["bb01"]["why"], rows["bb01"]["ended"]) == ("lost", 1793750490.0)
+    assert (rows["aa01"]["why"], rows["aa01"]["tokens_forward"]) == ("closed", 1000)
+    assert rows["aa02"]["tokens_decode"] == 1
+
+
+def test_old_tables_become_the_same_as_new_ones(place):
+    """Migrations and the tables as they stand in the code name the same columns."""
+    with Database(place) as database, database.engine.begin() as db:
+        for table in METADATA.tables.values():
+            columns = inspect(db).get_columns(table.name)
+            assert {column["name"] for column in columns} == set(table.columns.keys()), table.name
+
+
+def test_a_migration_that_fails_leaves_the_old_version(tmp_path):
+    path = old_state(tmp_path)
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE writers (name VARCHAR)")  # in the way of the last step
+    db.close()
+    with pytest.raises(ResourceError):
+        Database(path)
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT value FROM splitfl_state").fetchone() == ("1",)
+        assert db.execute("SELECT SUM(tokens) FROM usage").fetchone() == (1570,)
+    db.close()
+
+
+def test_a_state_of_a_newer_splitfl_is_refused(place):
+    Database(place).close()
+    with Database(place) as database, database.engine.begin() as db:
+        db.execute(META.update().values(value=str(SCHEMA + 1)))
+    for write_too in (True, False):
+        with pytest.raises(DataError) as refused:
+            Database(place, write=write_too)
+        assert f"schema {SCHEMA + 1}" in refused.value.problem
+        assert refused.value.expected == f"at most schema {SCHEMA}"
+
+
+def test_places_that_hold_something_else_are_refused(tmp_path):
+    (tmp_path / "text").write_text("no database\n" * 200, encoding="utf-8")
+    with pytest.raises(DataError, match="damaged, or no database"):
+        Database(tmp_path / "text")
+    with sqlite3.connect(tmp_path / "other") as db:
+        db.execute("CREATE TABLE usage (x INTEGER)")
+    db.close()
+    with pytest.raises(DataError, match="no state of an owner"):
+        Database(tmp_path / "other")
+    with pytest.raises(ResourceError, match="There is no state"):
+        Database(tmp_path / "missing", write=False)
+    with pytest.raises(ResourceError, match="cannot be made"):
+        Database(tmp_path / "text" / "below")
+
+
+def test_one_owner_at_a_time_in_a_file(tmp_path):
+    with Database(tmp_path / "s", server="owner"), pytest.raises(ResourceError, match="in use by another owner"):
+        Database(tmp_path / "s", server="owner")
+    Database(tmp_path / "s", server="owner").close()
+    assert (tmp_path / "s").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("postgresql://me:secret@host/name", "holds a password"),
+        ("postgresql://host/name?user=me&password=secret", "holds a password"),
+        ("mysql://host/name", "another kind"),
+        ("oracle+what://host/name", "kind"),
+        ("://host", "no URL"),
+    ],
+)
+def test_urls_that_cannot_be_used(place, problem):
+    with pytest.raises(UsageError) as refused:
+        Database(place)
+    assert problem in refused.value.problem
+    assert "secret" not in str(refused.value)
+
+
+def test_a_server_that_is_not_there(tmp_path):
+    pytest.importorskip("psycopg")
+    with pytest.raises(ResourceError) as refused:
+        Database(f"postgresql+psycopg://nobody@/none?host={tmp_path}&connect_timeout=2")
+    assert "cannot be read or written" in refused.value.problem
+
+
+def test_without_sqlalchemy_the_extra_is_named():
+    code = "import sys; sys.modules['sqlalchemy'] = None\nimport model_owner.state"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "pip install 'splitfl[owner]'" in done.stderr
+
+
+def test_days():
+    assert day_of(NOON) == "2026-11-01"
+    assert day_of(0) == "1970-01-01"

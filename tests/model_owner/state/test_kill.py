@@ -1,0 +1,49 @@
+"""kill -9 at the owner's state at random points: nothing that was acknowledged is lost, nothing is there twice."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tests.live.child import child
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+
+
+def killed(place, rounds, seed, folder):
+    with child(["-m", "tests.model_owner.state.dies", place, str(rounds), str(seed)], folder) as running:
+        assert running.wait(600) == 0, running.stderr.text
+    return json.loads(running.stdout.text.splitlines()[-1])
+
+
+def test_twenty_kills(tmp_path):
+    found = killed(tmp_path / "state.sqlite", 20, 7, tmp_path)
+    assert found["rounds"] == 20
+    assert found["acknowledged"] > 50
+    assert found["tokens charged"] > 0
+
+
+@pytest.mark.slow
+def test_twenty_kills_with_a_server(server, tmp_path):
+    """The same with PostgreSQL: the owner is killed, the server is not."""
+    from sqlalchemy import create_engine
+
+    from model_owner.state.schema import METADATA
+
+    engine = create_engine(server)
+    METADATA.drop_all(engine)
+    engine.dispose()
+    found = killed(server, 20, 8, tmp_path)
+    assert found["acknowledged"] > 50
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_five_hundred_kills(tmp_path):
+    found = killed(tmp_path / "state.sqlite", 500, int(os.environ.get("SPLITFL_KILL_SEED", "1")), tmp_path)
+    assert found["rounds"] == 500
+    assert found["killed while it opened"] > 10
+    assert found["begun and not acknowledged"] > 0  # some kills came between charge and acknowledgement
+    print(found)
