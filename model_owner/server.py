@@ -160,14 +160,15 @@ class Server:
         if is_new:
             self.counters.sessions += 1
             self.observer.session_opened(held.facts)
-            self._note("session open: party %s, protocol %s, %s", party, message.protocol, message.wire_dtype)
+            terms = party, message.protocol, message.wire_dtype
+            self._note("session open: party %s, protocol %s, %s", *terms, session=held.name)
 
     def _open(self, envelope: Envelope, message: Hello, party: str) -> HeldSession:
         """A session for a first hello, not yet entered in the table; a forgotten one may have to give way to it."""
         check_offer(message, self.plan)
         forgotten = make_room(self.table, envelope.sender, self.limits)
         if forgotten is not None:
-            self._note("a silent session of %s gives way to its next one", forgotten.party)
+            self._note("a silent session of %s gives way to its next one", forgotten.party, session=forgotten.name)
             self._end(forgotten, "gave way")
         share = self.table.share(envelope.sender, self.answerer.budget)
         return new_session(message, party, envelope, self.limits, self.plan.width, share)
@@ -195,7 +196,7 @@ class Server:
             case Bye():
                 self._say_closed(held)
                 told = held.party, held.served_tokens, held.handed_out
-                self._note("session closed: party %s, %d tokens served, %d bytes handed out", *told)
+                self._note("session closed: party %s, %d tokens served, %d bytes handed out", *told, session=held.name)
 
     def _start(self, held: HeldSession, message: Request, envelope: Envelope, turn: Turn) -> None:
         request = (kind(message), message.step)
@@ -240,7 +241,7 @@ class Server:
             if self._is_open(held):
                 self._refuse(held.routes, held.key[1], violation, step=message.step, held=held)
         except Exception:
-            log.exception("a %s could not be served", kind(message))
+            log.exception("a %s could not be served", kind(message), extra={"session": held.name})
             if self._is_open(held):
                 self._refuse(held.routes, held.key[1], refusals.internal(), step=message.step, held=held)
         finally:
@@ -330,7 +331,7 @@ class Server:
     ) -> None:  # fmt: skip
         self.counters.refusals[violation.code] = self.counters.refusals.get(violation.code, 0) + 1
         self.observer.refused(violation.code, held.name if held else None)
-        self._note("refused: %s (%s)", violation.code, violation.problem)
+        self._note("refused: %s (%s)", violation.code, violation.problem, session=held.name if held else None)
         refused = Refused(
             session=number,
             code=violation.code,
@@ -361,10 +362,11 @@ class Server:
         self.table.remove(held)
         self.scheduler.forget(held.key)
 
-    def _note(self, text: str, *facts: object) -> None:
+    def _note(self, text: str, *facts: object, session: str | None = None) -> None:
         """Log what a party brought about, but not more lines than anybody would read."""
         self._lines += 1
-        log.log(logging.INFO if self._lines <= _LINES else logging.DEBUG, text, *facts)
+        level = logging.INFO if self._lines <= _LINES else logging.DEBUG
+        log.log(level, text, *facts, extra={"session": session})
 
     # ---- upkeep
 
@@ -383,14 +385,15 @@ class Server:
     def _end_revoked(self) -> None:
         for held in self.table:
             if self.admission.allowed(held.key[0].encode()) is None:
-                log.info("session of %s ended: its key was revoked", held.party)
+                log.info("session of %s ended: its key was revoked", held.party, extra={"session": held.name})
                 self._refuse(held.routes, held.key[1], refusals.revoked())
                 self._end(held, "revoked")
 
     def _end_expired(self) -> None:
         """No goodbye: a party that comes back is told that its session is unknown, and opens it again by itself."""
         for held in self.table.expired():
-            self._note("session of %s expired after %.0f s of silence", held.party, self.limits.lease_s)
+            told = held.party, self.limits.lease_s
+            self._note("session of %s expired after %.0f s of silence", *told, session=held.name)
             self._end(held, "expired")
 
     async def _drain(self) -> None:
