@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated
 
+from splitfl.bench.chaos_settings import ChaosSettings
 from splitfl.bench.frameworks_settings import FrameworksSettings
 from splitfl.bench.rules_settings import RulesSettings
 from splitfl.bench.utility_settings import UtilitySettings
@@ -14,18 +15,19 @@ from splitfl.options import Panel, at_least
 
 OFFSITE = Panel("splitfl bench offsite")
 _RUNS = ("split", "utility", "offsite", "rules")
-BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit")
+BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit", "chaos", "soak", "hostile")
 
 _SHARED = {
-    "name": BENCHMARKS, "json": BENCHMARKS, "resume": _RUNS, "cache": ("split", "offsite"),
-    **dict.fromkeys(("tasks", "seeds"), ("utility", "offsite", "rules")), "max_steps": ("utility", "offsite"),
-    "quick": BENCHMARKS[1:], **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")),
-    "steps": ("split", "aggregation", "rounds"),
+    "name": BENCHMARKS, "json": BENCHMARKS, "resume": (*_RUNS, "chaos"), "cache": ("split", "offsite"),
+    "tasks": ("utility", "offsite", "rules"), "seeds": ("utility", "offsite", "rules", "chaos", "soak"),
+    "max_steps": ("utility", "offsite"), **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")),
+    "quick": tuple(name for name in BENCHMARKS[1:] if name != "soak"), "steps": ("split", "aggregation", "rounds"),
+    "minutes": ("soak",), "runs": ("chaos",),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsiteSettings(UtilitySettings, RulesSettings, FrameworksSettings):
+class OffsiteSettings(UtilitySettings, RulesSettings, FrameworksSettings, ChaosSettings):
     """Which models and emulators the five ways are compared with."""
 
     model: Annotated[tuple[str, ...], "embedded, a model directory, or NAME=DIRECTORY. May be repeated. Default: "
@@ -53,7 +55,12 @@ def benchmarks_of(option: str) -> tuple[str, ...]:
     """The benchmarks that look at an option."""
     if option in _SHARED:
         return _SHARED[option]
-    own = ((UtilitySettings, "utility"), (RulesSettings, "rules"), (FrameworksSettings, "frameworks"))
+    own = (
+        (ChaosSettings, "hostile"),
+        (UtilitySettings, "utility"),
+        (RulesSettings, "rules"),
+        (FrameworksSettings, "frameworks"),
+    )
     for settings, name in own:
         if option in {field.name for field in fields(settings)}:
             return (name,)
