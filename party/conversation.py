@@ -23,14 +23,17 @@ from splitfl.wire.channel import PartySocket
 from splitfl.wire.codecs import Frame
 from splitfl.wire.coding import Coded
 from splitfl.wire.messages import (
+    BackwardDone,
     Bye,
     CodingName,
     DtypeName,
+    ForwardDone,
     FromOwner,
     FromParty,
     Refused,
     TensorName,
     Welcome,
+    kind,
 )
 from splitfl.wire.session import PartySession, State, Terms, Turn
 
@@ -83,6 +86,8 @@ class Conversation:
         self.welcome: Welcome | None = None
         self.openings = 0
         """How often the session was opened again at an owner that had forgotten it."""
+        self._asked_before = -1
+        """Highest step that was asked for before the session was opened again."""
 
     # ---- opening and closing
 
@@ -156,8 +161,15 @@ class Conversation:
             return message, frames, Turn.NEW  # our header did not even parse there
         if isinstance(message, Refused) and message.code == "unknown_session" and self.talk.state is State.GREETING:
             return message, frames, Turn.RETRY  # of what was sent before the hello; a hello is never refused so
+        if isinstance(message, ForwardDone | BackwardDone) and self._is_late(message):
+            return message, frames, Turn.RETRY  # it will be asked for again
         turn = self.talk.receive(message)
         return cast("FromOwner", message), frames, turn
+
+    def _is_late(self, message: ForwardDone | BackwardDone) -> bool:
+        """Whether an answer is to what was asked before the session was opened again, and has not been repeated."""
+        request = (kind(message).removesuffix("_done"), message.step)
+        return message.step <= self._asked_before and request not in self.talk.open_requests()
 
     def _limits(self) -> wire.Limits:
         return wire.Limits(

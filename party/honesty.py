@@ -283,7 +283,7 @@ class HonestyProbe:
     def _ask(self, request: TrunkRequest, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trunk at `point`: the point as sent, and the output there; both float64 [B, T, D]."""
         payload = self.encode(point.to(self.dtype).to(torch.float32))
-        output, _ = self.link.forward(replace(request, hidden=payload, keep=False))
+        output, _ = self.link.forward(replace(request, hidden=payload, keep=False, overlap=False))
         return _wide(payload, self.dtype), _wide(output)
 
     def _adapt(self, found: Measurement) -> None:

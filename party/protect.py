@@ -276,12 +276,13 @@ class Guard:
         """See `splitfl.link.TrunkLink`."""
         assert isinstance(request.hidden, torch.Tensor)  # noqa: S101  nothing is protected twice
         mask = None if request.mask is None else request.mask[:, -request.hidden.shape[1] :]
+        batch = self.batch  # another micro-batch may have its turn before the answer comes
         sent = self.protect_hidden(request.hidden, mask)
-        booked = self._book("activations", self.protection.hidden, self.batch, formal=self.protection.formal)
+        booked = self._book("activations", self.protection.hidden, batch, formal=self.protection.formal)
         output, step = self.link.forward(self.outgoing(request, sent))
         self._confirm(booked)
         if request.keep:
-            self._kept[step] = mask, self.batch
+            self._kept[step] = mask, batch
         return output, step
 
     def protect_hidden(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | Coded:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from party.pipeline import current_part
 from splitfl.cut import (
     PassThrough,
     Plan,
@@ -102,7 +103,8 @@ class RemoteTrunk(PassThrough):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Hidden state [B, T, D] through the owner's trunk, in the family's own return form."""
-        if self.on_hidden is not None:
+        part = current_part()
+        if self.on_hidden is not None and part is None:
             self.on_hidden(hidden_states)
         cache = cache_among(args, kwargs)
         keep = torch.is_grad_enabled() and hidden_states.requires_grad
@@ -131,6 +133,8 @@ class RemoteTrunk(PassThrough):
         )
         if cache is not None:
             count_positions(cache, self.index, hidden_states)
+        elif part is not None:
+            return self.form(part.through(hidden_states, self.link, request, self.on_hidden))
         return self.form(_ThroughTrunk.apply(hidden_states, self.link, request))
 
     def _counting_slot(self, cache: Cache) -> Any:

@@ -1,8 +1,12 @@
 """Steps 5 to 7 and their way back, at the party: a request becomes frames, goes out, and its answer comes in.
 
-The calling thread does the talking: training and generation wait for the trunk anyway. What goes out once goes out the
-same way again: after a lost link, a long silence or an owner that restarted, the very same bytes are sent, so nothing a
-mechanism drew at random is ever drawn twice for one request.
+The calling thread does the talking: training and generation wait for the trunk anyway. Micro-batches of a pipelined
+step let each other have their turn between a request and its answer (`party.turns`), so several requests may be under
+way; an answer that comes while another one is waited for is kept for its own turn.
+
+What goes out once goes out the same way again: after a lost link, a long silence or an owner that restarted, the very
+same bytes are sent, so nothing a mechanism drew at random is ever drawn twice for one request. Each request is said
+again when its own answer is waited for, however many were lost together.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +24,7 @@ import torch
 from party import refused
 from party.again import SentForwards
 from party.conversation import Conversation, Memory, Received, Tap
+from party.turns import meanwhile, still_wanted
 from splitfl.errors import RefusedError, ResourceError
 from splitfl.link import TrunkRequest
 from splitfl.wire import frames as wire
@@ -26,9 +32,11 @@ from splitfl.wire.codecs import Frame
 from splitfl.wire.coding import Coded
 from splitfl.wire.messages import (
     Backward,
+    BackwardDone,
     Closed,
     Fetch,
     Forward,
+    ForwardDone,
     Piece,
     Refused,
     Release,
@@ -48,6 +56,25 @@ FETCHES_AT_ONCE = 4  # on a long road the next part is asked for before the last
 LARGEST_BATCH_TOKENS = 65_536  # B x T; what the party takes from an owner in one message is sized by it
 
 
+_LOOK_UP_S = 1.0  # how often a long wait looks whether anybody still wants its answer
+
+Came: TypeAlias = dict[TensorName, torch.Tensor] | Refused
+"""What a request has brought."""
+
+
+@dataclass
+class _Asked:
+    """A request under way."""
+
+    message: Forward | Backward
+    frames: list[Frame]
+    opening: int
+    """Which opening of the session it was said in: an owner of a later one has never heard it."""
+    links: int
+    """How often the link had come up by then: what was under way on an earlier one may be lost."""
+    came: Came | None = None
+
+
 class Session(Conversation):
     """A `splitfl.link.TrunkLink` over the network. For the arguments see `party.conversation.Conversation`."""
 
@@ -58,6 +85,7 @@ class Session(Conversation):
         self._to_release: deque[tuple[tuple[int, ...], tuple[int, ...]]] = deque()
         self._sent = SentForwards()
         self._filled_again = (-1, -1)
+        self._under_way: dict[tuple[str, int], _Asked] = {}
 
     def forward(self, request: TrunkRequest) -> tuple[torch.Tensor, int]:
         """See `splitfl.link.TrunkLink`.
@@ -85,9 +113,11 @@ class Session(Conversation):
                 tensors["mask"] = request.mask
             if request.positions is not None:
                 tensors["positions"] = request.positions
-            frames = self._send(message, tensors)
-            self._sent.note(message, frames)
-            return self._await(message, frames)["hidden"], step
+            asked = self._ask(message, tensors)
+            self._sent.note(message, asked.frames)
+        if request.overlap:
+            self._let_others(asked)
+        return self._answer(asked)["hidden"], step
 
     def backward(self, step: int, gradient: torch.Tensor | Coded) -> torch.Tensor:
         """See `splitfl.link.TrunkLink`."""
@@ -95,10 +125,11 @@ class Session(Conversation):
             self._listen()
             message = Backward(session=self.terms.session, step=step)
             self._hold_again(step)
-            frames = self._send(message, {"gradient": gradient})
-            result = self._await(message, frames)["gradient"]
-            self._sent.drop(steps=(step,))
-            return result
+            asked = self._ask(message, {"gradient": gradient})
+        self._let_others(asked)
+        result = self._answer(asked)["gradient"]
+        self._sent.drop(steps=(step,))
+        return result
 
     def release(self, *, caches: tuple[int, ...] = (), steps: tuple[int, ...] = ()) -> None:
         """See `splitfl.link.TrunkLink`. Goes out with the next request: garbage collection may call this anywhere."""
@@ -151,22 +182,61 @@ class Session(Conversation):
 
     # ---- waiting
 
-    def _await(self, message: Forward | Backward, frames: list[Frame]) -> dict[TensorName, torch.Tensor]:
-        """The tensors of the answer to `message`, whatever it takes within the time allowed."""
+    def _ask(self, message: Forward | Backward, tensors: dict[TensorName, torch.Tensor | Coded]) -> _Asked:
+        """Send a request, whose answer `_answer` waits for."""
+        return self._note(message, self._send(message, tensors))
+
+    def _note(self, message: Forward | Backward, frames: list[Frame]) -> _Asked:
+        asked = _Asked(message, frames, self.openings, self.socket.links)
+        self._under_way[kind(message), message.step] = asked
+        return asked
+
+    def _let_others(self, asked: _Asked) -> None:
+        """Other micro-batches have their turn, if there are any, while this request is under way."""
+        try:
+            meanwhile()
+        except BaseException:
+            self._forget(asked)
+            raise
+
+    def _forget(self, asked: _Asked) -> None:
+        self._under_way.pop((kind(asked.message), asked.message.step), None)
+
+    def _answer(self, asked: _Asked) -> dict[TensorName, torch.Tensor]:
+        """The tensors of the answer, whatever it takes within the time allowed."""
+        try:
+            with self._lock:
+                return self._await(asked)
+        finally:
+            self._forget(asked)
+
+    def _say_and_await(self, message: Forward, frames: list[Frame]) -> None:
+        """Repeat a forward, for what it leaves at the owner."""
+        self._say(frames)
+        self._answer(self._note(message, frames))
+
+    def _await(self, asked: _Asked) -> dict[TensorName, torch.Tensor]:
         deadline = time.monotonic() + self.timeout_s
         resend_at = time.monotonic() + _RESEND_AFTER_S
         while True:
-            links = self.socket.links
-            got = self._receive(min(deadline, resend_at))
-            tensors = None if got is None else self._take(got, message, frames, deadline)
-            if tensors is not None:
-                return tensors
+            still_wanted()
+            if isinstance(asked.came, dict):
+                return asked.came
+            if asked.came is not None:
+                said, asked.came = asked.came, None
+                self._recover(said, asked, deadline)
+            elif asked.opening != self.openings:
+                self._say_again(asked)
             now = time.monotonic()
-            if now >= deadline:  # an owner that talks of other things all the time is as good as silent
-                raise refused.silence(self.socket.address, kind(message), self.timeout_s)
-            if got is None and (now >= resend_at or self.socket.links > links):
-                self._put(frames)
-                resend_at = now + _RESEND_AFTER_S
+            if now >= resend_at or self.socket.links > asked.links:
+                self._put(asked.frames)
+                resend_at, asked.links = now + _RESEND_AFTER_S, self.socket.links
+            got = self._receive(min(deadline, resend_at, now + _LOOK_UP_S))
+            if got is not None:
+                self._take(got, asked, deadline)
+            if asked.came is None and time.monotonic() >= deadline:
+                # An owner that talks of other things all the time is as good as silent.
+                raise refused.silence(self.socket.address, kind(asked.message), self.timeout_s)
 
     def _await_piece(self, first: int, asked: dict[int, list[Frame]], came: Pieces) -> None:
         """Receive into `came` what was `asked`, until step `first` is there."""
@@ -196,32 +266,50 @@ class Session(Conversation):
             came[answer.step] = answer, wire.tensors_of(answer, frames)["piece"]
         return isinstance(answer, Refused | Closed)
 
-    def _take(
-        self, got: Received, message: Forward | Backward, frames: list[Frame], deadline: float
-    ) -> dict[TensorName, torch.Tensor] | None:
-        """The tensors, if what came is the answer to `message`; otherwise do what it calls for."""
-        answer, answer_frames, turn = got
-        if isinstance(answer, Refused):
-            self._recover(answer, message, frames, deadline)
-        elif isinstance(answer, Closed):
+    def _take(self, got: Received, asked: _Asked, deadline: float) -> None:
+        """Keep an answer for the request that it belongs to, or do what a message of another kind calls for."""
+        message = got[0]
+        if isinstance(message, Closed):
             self._come_back(deadline)
-            self._say_again(message, frames)
-        elif turn is Turn.NEW and getattr(answer, "step", None) == message.step:
-            return wire.tensors_of(answer, answer_frames)
-        return None
+        elif isinstance(message, Refused) and message.step is None:
+            self._recover(message, asked, deadline)
+        else:
+            self._keep(got)
+
+    def _keep(self, got: Received) -> None:
+        """Keep an answer, or a refusal that names its step, until its turn."""
+        message, frames, turn = got
+        step = getattr(message, "step", None)
+        if isinstance(message, Refused):
+            found = self._under_way.get(("forward", step or 0)) or self._under_way.get(("backward", step or 0))
+            if found is not None and not isinstance(found.came, dict):
+                found.came = message
+        elif turn is Turn.NEW and isinstance(message, ForwardDone | BackwardDone):
+            found = self._under_way.get((kind(message).removesuffix("_done"), message.step))
+            if found is not None:
+                found.came = wire.tensors_of(message, frames)
 
     def _listen(self) -> None:
-        """Hear what the owner said unasked since the last answer: that it stops, or that the key is revoked."""
+        """Hear what the owner has said since the last answer: that it stops, that the key is revoked, or answers."""
         while (got := self._receive(0.0)) is not None:
             if isinstance(got[0], Closed):
                 self._come_back(time.monotonic() + self.timeout_s)
-            if isinstance(got[0], Refused) and got[0].code == "revoked":
+            elif isinstance(got[0], Refused) and got[0].code == "revoked":
                 raise refused.as_error(got[0])
+            elif isinstance(got[0], Refused) and got[0].step is None and self._under_way:
+                self._make_peace(got[0], time.monotonic() + self.timeout_s)
+            else:
+                self._keep(got)
 
     # ---- when the owner has lost something, or goes
 
-    def _recover(self, said: Refused, message: Forward | Backward, frames: list[Frame], deadline: float) -> None:
+    def _start_over(self, deadline: float) -> None:
+        self._asked_before = self._steps
+        super()._start_over(deadline)
+
+    def _recover(self, said: Refused, asked: _Asked, deadline: float) -> None:
         """Do what a refusal allows to be done about it, or raise it."""
+        message = asked.message
         if said.code == "unknown_cache":
             lost = (
                 isinstance(message, Forward)
@@ -231,17 +319,19 @@ class Session(Conversation):
         else:
             lost = said.code == "unknown_step" and isinstance(message, Backward)
         if lost or self._make_peace(said, deadline):
-            self._say_again(message, frames)
+            self._say_again(asked)
         else:
-            self._say(frames)
+            self._say(asked.frames)
 
-    def _say_again(self, message: Forward | Backward, frames: list[Frame]) -> None:
+    def _say_again(self, asked: _Asked) -> None:
         """Repeat a request, and before it whatever the owner needs to be able to answer it."""
+        message = asked.message
         if isinstance(message, Backward):
             self._hold_again(message.step)
         elif message.past:
             self._fill_again(message)
-        self._say(frames)
+        self._say(asked.frames)
+        asked.opening, asked.links = self.openings, self.socket.links
 
     def _fill_again(self, message: Forward) -> None:
         """Fill the cache that `message` goes on from: all that went into it, again."""
@@ -255,8 +345,7 @@ class Session(Conversation):
         for frames in filled:
             earlier = wire.open_header(frames, sender="party")
             assert isinstance(earlier, Forward)  # noqa: S101
-            self._say(frames)
-            self._await(earlier, frames)
+            self._say_and_await(earlier, frames)
         self._filled_again = (self.openings, message.step)
 
     def _hold_again(self, step: int) -> None:
@@ -272,5 +361,4 @@ class Session(Conversation):
             )
         message = wire.open_header(forward, sender="party")
         assert isinstance(message, Forward)  # noqa: S101
-        self._say(forward)
-        self._await(message, forward)
+        self._say_and_await(message, forward)

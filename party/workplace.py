@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +19,13 @@ from party.cache import CacheKey, TrunkCache, cache_bytes, fill, put_cached_trun
 from party.honesty import HonestyProbe
 from party.model import open_model, resolve_dtype
 from party.opening import Preparation, check_budget, connect, guarded, say
+from party.pipeline import Pipeline, Split
 from party.progress import Traffic
 from party.protect import RowTracker
 from party.remote import RemoteTrunk
 from party.rundir import RunDirectory
 from party.session import Session
-from party.trainer import SplitTrainer
+from party.trainer import ExtraLoss, SplitTrainer
 from splitfl.adapters import add_lora, lora_config
 from splitfl.config import TuneSettings
 from splitfl.cut import module_at
@@ -32,8 +34,10 @@ from splitfl.errors import UsageError
 from splitfl.kit import DTYPES, Kit
 from splitfl.load import parameter_count
 from splitfl.metrics import RunLog
+from splitfl.options.values import parse_size
 from splitfl.privacy.decorrelation import distance_correlation, flatten_tokens
 from splitfl.report import as_duration, as_size
+from splitfl.wire.messages import BYTES_PER_ELEMENT
 
 if TYPE_CHECKING:
     from party.recording import Recorder
@@ -48,7 +52,7 @@ class Workplace:
     tracker: RowTracker
     traffic: Traffic
     log: RunLog
-    extra_loss: Callable[[torch.Tensor], torch.Tensor] | None = None
+    extra_loss: ExtraLoss | None = None
     trainer: Callable[..., SplitTrainer] = SplitTrainer
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Training arguments that the run has no choice about."""
@@ -76,6 +80,12 @@ def open_workplace(
     recorder: Recorder | None = None,
 ) -> Iterator[Workplace]:  # fmt: skip
     """The model, ready to be trained; whatever was opened for it is closed afterwards."""
+    protocol = preparation.protocol
+    if settings.micro_batches != "1" and (protocol.offline or protocol.whole or protocol.sends_once):
+        raise UsageError(
+            f"--micro-batches with protocol {settings.protocol!r}: no step of its training waits for the owner.",
+            hint="leave --micro-batches out",
+        )
     if preparation.protocol.offline:
         from party.offline import OfflinePreparation, train_offline  # it stands on this module
 
@@ -153,9 +163,22 @@ def _over_the_network(
             traffic=session,
             log=logs[0],
             extra_loss=Decorrelation(base, remote_trunk(base, kit), weight) if weight else None,
+            trainer=functools.partial(SplitTrainer, pipeline=_pipeline(settings, kit, session)),
             probe=guard.link if isinstance(guard.link, HonestyProbe) else None,
             recorder=recorder,
         )
+
+
+def _pipeline(settings: TuneSettings, kit: Kit, session: Session) -> Pipeline | None:
+    if settings.micro_batches == "1":
+        return None
+    return Pipeline(
+        micro_batches=0 if settings.micro_batches == "auto" else int(settings.micro_batches),
+        in_flight_bytes=parse_size(settings.in_flight_bytes),
+        width=kit.plan.width,
+        itemsize=BYTES_PER_ELEMENT[session.terms.wire_dtype],
+        trim=not settings.hide_lengths,
+    )
 
 
 def _tracker(target: object, data: Data, kit: Kit) -> RowTracker:
@@ -186,7 +209,7 @@ class Decorrelation:
     def __init__(self, base: PreTrainedModel, remote: RemoteTrunk, weight: float) -> None:
         self.weight = weight
         self._embedded: torch.Tensor | None = None
-        self._hidden: torch.Tensor | None = None
+        self._passed: list[tuple[torch.Tensor, torch.Tensor]] = []
         base.get_input_embeddings().register_forward_hook(self._note_embedded)
         remote.on_hidden = self._note_hidden
 
@@ -194,16 +217,21 @@ class Decorrelation:
         self._embedded = output.detach()
 
     def _note_hidden(self, hidden: torch.Tensor) -> None:
-        self._hidden = hidden
+        if torch.is_grad_enabled():
+            assert self._embedded is not None  # noqa: S101
+            self._passed.append((self._embedded, hidden))
 
-    def __call__(self, mask: torch.Tensor) -> torch.Tensor:
+    def __call__(self, mask: torch.Tensor, split: Split | None = None) -> torch.Tensor:
         """The loss of the batch that has just passed; `mask` [B, T] is 1 where there is a token."""
-        assert self._embedded is not None  # noqa: S101
-        assert self._hidden is not None  # noqa: S101
-        mask = mask.to(self._hidden.device)
-        embedded = flatten_tokens(self._embedded, mask)
-        hidden = flatten_tokens(self._hidden, mask)
-        self._hidden = None  # its graph goes with the batch
+        count = 1 if split is None else len(split.parts)
+        passed, self._passed = self._passed[-count:], []  # the graphs go with the batch
+        assert len(passed) == count  # noqa: S101
+        if split is None:
+            [(embedded, hidden)] = passed
+        else:
+            embedded, hidden = (split.joined(parts, mask.shape[1]) for parts in zip(*passed, strict=True))
+        mask = mask.to(hidden.device)
+        embedded, hidden = flatten_tokens(embedded, mask), flatten_tokens(hidden, mask)
         return self.weight * distance_correlation(embedded, hidden)
 
 

@@ -18,6 +18,7 @@ from splitfl.config_common import (
     ADDRESS,
     LINK,
     MACHINE,
+    MICRO_BATCHES,
     NOT_EMPTY,
     PAIR,
     REMOTE,
@@ -38,6 +39,7 @@ from splitfl.config_common import (
     check_link,
 )
 from splitfl.config_federation import WHOLE_PROTOCOLS, FederatedTuning
+from splitfl.config_owner import Keeping
 from splitfl.config_privacy import OFFLINE_PROTOCOL, ProtectionSettings
 from splitfl.config_recording import ServeRecording, TuneRecording
 from splitfl.errors import UsageError
@@ -79,7 +81,7 @@ class KitSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(ServeRecording):
+class ServeSettings(ServeRecording, Keeping):
     """Host the trunk. Prints `ready ADDRESS FINGERPRINT` on stdout when parties can connect."""
 
     model: Annotated[str, "Model directory.", NOT_EMPTY]
@@ -100,13 +102,12 @@ class ServeSettings(ServeRecording):
     max_tokens: Annotated[int, "Largest batch: rows times length.", at_least(1)] = 32768
     max_sessions: Annotated[int, "Sessions open at the same time.", at_least(1)] = 16
     lease: Annotated[float, "Seconds for which an idle session keeps its caches and steps.", above(0)] = 600.0
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], "How much to log."] = "info"
-    log_json: Annotated[bool, "Log one JSON object a line."] = False
     json: JsonFile = None
 
     def check(self) -> None:
         """Refuse an open channel beyond loopback, and an encrypted one without keys."""
         check_link(self.insecure_loopback, self.bind, {"--key": self.key, "--parties": self.parties})
+        self.check_keeping()
         self.check_recording()
 
 
@@ -130,6 +131,12 @@ class TuneSettings(ProtectionSettings, FederatedTuning, TuneRecording):
     memory: Annotated[
         Memory, "What the owner holds between forward and backward: the graph, or only the input.", LINK
     ] = "keep"
+    micro_batches: Annotated[
+        str, "Parts of a batch that overlap: one computes while others are on their way.", MICRO_BATCHES, LINK
+    ] = "1"
+    in_flight_bytes: Annotated[str, "With --micro-batches: most activations on their way at a time.", SIZE, LINK] = (
+        "256MB"
+    )
 
     train: Annotated[Path, "Rows to train on: JSONL, CSV, text, or a saved dataset.", ROWS]
     eval: Annotated[Path | None, "Held-out rows, measured before, during and after.", ROWS] = None
@@ -196,6 +203,11 @@ class TuneSettings(ProtectionSettings, FederatedTuning, TuneRecording):
             raise UsageError(
                 "--hide-lengths pads every row to one length, on the right.",
                 expected="--padding-side right and a --max-length",
+            )
+        if self.micro_batches != "1" and self.label_noise != "none":
+            raise UsageError(
+                "--label-noise is worked out from a whole batch, and --micro-batches sends it in parts.",
+                expected="one of the two",
             )
         if self.max_steps == 0:
             raise UsageError(

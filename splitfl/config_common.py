@@ -29,6 +29,10 @@ DEVICE = Check(test=is_device, expected="cpu, cuda or cuda:N")
 SHAPE = Check(test=is_shape, expected="ROWSxLENGTH, such as 8x128")
 PAIR = Check(test=lambda text: text.partition("=")[0] != "" and text.partition("=")[2] != "", expected="NAME=VALUE")
 DELTA = Check(test=lambda value: 0 < value < 1, expected="between 0 and 1, such as 1e-6")
+MICRO_BATCHES = Check(
+    test=lambda text: text == "auto" or (text.isascii() and text.isdigit() and int(text) > 0),
+    expected="1, 2, 3 ... or auto",
+)
 NOT_EMPTY = Check(test=bool, expected="some text")
 PLAIN_NAME = Check(
     test=lambda name: name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name[0] not in ".-",

@@ -32,6 +32,8 @@ class TrunkRequest:
     """Positions of the cache to go on from."""
     rows: tuple[int, ...] | None = None
     """The cache's rows in their new order; None if they did not move."""
+    overlap: bool = False
+    """Whether whoever asks has other work to do while the answer is under way."""
 
 
 def decoded(tensor: torch.Tensor | Coded) -> torch.Tensor:
