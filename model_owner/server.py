@@ -81,8 +81,8 @@ class Server:
         self.observer: Observer = observer or NoObserver()
         self.table = SessionTable(limits.lease_s)
         self.counters = Counters()
-        self._draining = False
-        self._waiting_bytes = 0
+        self.draining = False
+        self.waiting_bytes = 0
         self._lines = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._greeting_limits = wire.Limits(width=plan.width, max_tokens=1, max_length=1, wire_dtype="float32")
@@ -139,7 +139,7 @@ class Server:
         held = self.table.find((envelope.sender, message.session))
         is_new = held is None
         if held is None:
-            if self._draining:
+            if self.draining:
                 raise refusals.draining()
             held = self._open(envelope, message, party)
         held.talk.receive(message)
@@ -206,13 +206,13 @@ class Server:
             self._send([envelope.route], held.replies[request])
             return
         size = message.length if isinstance(message, Fetch) else sum(map(nbytes, envelope.frames))
-        if self._draining:
+        if self.draining:
             problem = refusals.draining()
-        elif held.under_way and self._waiting_bytes + size > self.limits.max_waiting_bytes:
+        elif held.under_way and self.waiting_bytes + size > self.limits.max_waiting_bytes:
             problem = refusals.too_much_waits()
         else:
             held.under_way.add(request)
-            self._waiting_bytes += size
+            self.waiting_bytes += size
             task = asyncio.create_task(self._serve(held, message, envelope, size))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -245,7 +245,7 @@ class Server:
             if self._is_open(held):
                 self._refuse(held.routes, held.key[1], refusals.internal(), step=message.step, held=held)
         finally:
-            self._waiting_bytes -= size
+            self.waiting_bytes -= size
             held.under_way.discard(request)
             held.last_heard = time.monotonic()  # the lease begins when there is something to hold
             if not self._is_open(held):
@@ -398,7 +398,7 @@ class Server:
 
     async def _drain(self) -> None:
         """Finish what is under way, then close every session. Messages are read all the time, to say no to them."""
-        self._draining = True
+        self.draining = True
         waiting = [task for task in self._tasks if not task.done()]
         if waiting:
             with contextlib.suppress(asyncio.CancelledError):
