@@ -52,6 +52,9 @@ _PAUSE_S = 0.5  # before an owner without room, or on its way out, is asked agai
 class Conversation:
     """A session that opens, and opens again; what is said in it is another matter.
 
+    What has no answer is said again when the link was lost and is up again, and after `resend_after_s` of silence (or
+    half of the time there is): a message can be lost without its link, where a queue was full.
+
     Args:
         socket: opened by `open`, closed by `close`.
         plan: of the kit.
@@ -64,6 +67,8 @@ class Conversation:
         timeout_s: longest wait for one answer.
         tap: sees every frame; for recordings and tests.
     """
+
+    resend_after_s = 60.0
 
     def __init__(
         self, socket: PartySocket, plan: Plan, *, disclosure: Disclosure, protocol: str, wire_dtype: DtypeName,
@@ -186,18 +191,26 @@ class Conversation:
     def _say_hello(self, deadline: float | None = None) -> Welcome:
         self._send(self.terms.hello(), {})
         deadline = time.monotonic() + min(self.timeout_s, 30.0) if deadline is None else deadline
+        resend_at = self._resend_at(deadline)
         while True:
             links = self.socket.links
-            got = self._receive(deadline)
+            got = self._receive(min(deadline, resend_at))
             if got is not None and isinstance(got[0], Welcome):
                 self.welcome = got[0]
                 return got[0]
             if got is not None and isinstance(got[0], Refused) and got[2] is Turn.NEW:
                 raise refused.as_error(got[0])
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= deadline:
                 raise refused.silence(self.socket.address, "hello", self.timeout_s)
-            if got is None and self.socket.links > links:
+            if got is None and (now >= resend_at or self.socket.links > links):
                 self._send(self.terms.hello(), {})
+                resend_at = now + self.resend_after_s
+
+    def _resend_at(self, deadline: float) -> float:
+        """When to say something again that has no answer by then."""
+        now = time.monotonic()
+        return now + min(self.resend_after_s, max(deadline - now, 0.0) / 2)
 
     def _make_peace(self, said: Refused, deadline: float) -> bool:
         """Wait, or open the session again, as the refusal calls for; whether the owner has forgotten everything.

@@ -51,7 +51,6 @@ __all__ = ["LARGEST_BATCH_TOKENS", "Memory", "Session", "Tap"]
 Pieces: TypeAlias = dict[int, tuple[Piece, torch.Tensor]]
 """Step of a fetch to what answered it."""
 
-_RESEND_AFTER_S = 60.0
 FETCHES_AT_ONCE = 4  # on a long road the next part is asked for before the last one has come; see MAX_FETCHES
 LARGEST_BATCH_TOKENS = 65_536  # B x T; what the party takes from an owner in one message is sized by it
 
@@ -217,7 +216,7 @@ class Session(Conversation):
 
     def _await(self, asked: _Asked) -> dict[TensorName, torch.Tensor]:
         deadline = time.monotonic() + self.timeout_s
-        resend_at = time.monotonic() + _RESEND_AFTER_S
+        resend_at = self._resend_at(deadline)
         while True:
             still_wanted()
             if isinstance(asked.came, dict):
@@ -230,7 +229,7 @@ class Session(Conversation):
             now = time.monotonic()
             if now >= resend_at or self.socket.links > asked.links:
                 self._put(asked.frames)
-                resend_at, asked.links = now + _RESEND_AFTER_S, self.socket.links
+                resend_at, asked.links = now + self.resend_after_s, self.socket.links
             got = self._receive(min(deadline, resend_at, now + _LOOK_UP_S))
             if got is not None:
                 self._take(got, asked, deadline)
@@ -241,7 +240,7 @@ class Session(Conversation):
     def _await_piece(self, first: int, asked: dict[int, list[Frame]], came: Pieces) -> None:
         """Receive into `came` what was `asked`, until step `first` is there."""
         deadline = time.monotonic() + self.timeout_s
-        resend_at = time.monotonic() + _RESEND_AFTER_S
+        resend_at = self._resend_at(deadline)
         while first not in came:
             links = self.socket.links
             got = self._receive(min(deadline, resend_at))
@@ -250,7 +249,7 @@ class Session(Conversation):
             if first not in came and now >= deadline:
                 raise refused.silence(self.socket.address, "fetch", self.timeout_s)
             if again or (got is None and (now >= resend_at or self.socket.links > links)):
-                resend_at = now + _RESEND_AFTER_S
+                resend_at = now + self.resend_after_s
                 for frames in (frames for step, frames in asked.items() if step not in came):
                     self.talk.send(wire.open_header(frames, sender="party"))
                     self._put(frames)

@@ -134,7 +134,7 @@ def limits() -> str:
         ("replies remembered in one session", f"{sessions._REPLIES_REMEMBERED}", "owner"),
         ("silence after which a session and what it holds end", f"{hosting['lease']:g} s (`--lease`)", "owner"),
         ("wait for one answer", f"{tune['timeout']:g} s (`--timeout`)", "party"),
-        ("silence after which a request is sent again", f"{party_session._RESEND_AFTER_S:g} s", "party"),
+        ("silence after which a request is sent again", f"{party_session.Session.resend_after_s:g} s", "party"),
         ("CURVE handshake", f"{channel._HANDSHAKE_MS / 1000:g} s", "both sides"),
         ("heartbeat", f"every {channel._HEARTBEAT_MS / 1000:g} s", "both sides"),
     ]
