@@ -279,7 +279,7 @@ def test_nothing_is_left_of_a_request_whose_session_ends(trunk, tmp_path, tiny_l
             one.hello()
             assert isinstance(one.answer(), Welcome)
         assert owner.budget.used == 0
-        assert owner.server._waiting_bytes == 0
+        assert owner.server.waiting_bytes == 0
         if end != "released":
             assert not [key for key in owner.server.scheduler._served if not str(key).startswith("held")]
         owner.do(lambda: owner.allow.add(owner.keys / f"{PARTIES[0]}.key"))
@@ -315,13 +315,13 @@ def test_requests_that_wait_are_bounded_in_bytes(trunk, tmp_path, tiny_llama, hi
                     assert one.refused("busy").step == step
                 two.forward(1, hidden)
                 owner.until(lambda: all(held.under_way for held in owner.server.table))
-                assert owner.server._waiting_bytes < 6 * size
+                assert owner.server.waiting_bytes < 6 * size
             two.result()
             for _ in range(3):
                 one.result()
             one.forward(4, hidden)  # refused before, asked again
             one.result()
-        assert owner.server._waiting_bytes == 0
+        assert owner.server.waiting_bytes == 0
 
 
 # ---- the end
@@ -338,7 +338,7 @@ def test_stopping_answers_what_is_under_way_and_refuses_the_rest(trunk, tmp_path
             asking = Asking(session.forward, TrunkRequest(hidden=hidden))
             owner.until(lambda: any(held.under_way for held in owner.server.table))
             owner.stop()
-            owner.until(lambda: owner.server._draining)
+            owner.until(lambda: owner.server.draining)
             other.forward(1, hidden)
             assert other.refused("draining").step == 1
             other.hello(12345)
@@ -364,7 +364,7 @@ def test_stopping_twice_does_not_wait(trunk, tmp_path, hidden):
             asking = Asking(session.forward, TrunkRequest(hidden=hidden))
             owner.until(lambda: any(held.under_way for held in owner.server.table))
             owner.stop()
-            owner.until(lambda: owner.server._draining)
+            owner.until(lambda: owner.server.draining)
             assert len(owner.held()) == 1
             owner.stop()
             owner.until(lambda: not owner.server.table)
@@ -391,7 +391,7 @@ def test_a_rolling_restart_ends_no_training(kit, trunk, undisturbed, tmp_path, w
                 asking = Asking(run, model)
                 first.until(lambda: any(held.under_way for held in first.server.table))
                 first.stop()
-                first.until(lambda: first.server._draining)
+                first.until(lambda: first.server.draining)
             first.join()
             owners.enter_context(serving(trunk, tmp_path, bind=first.address))
             result = asking.join().result
