@@ -1,4 +1,4 @@
-"""Micro-batches over real sockets: several requests under way, an owner that is exchanged meanwhile, a link that breaks."""
+"""Micro-batches over real sockets: several requests under way, an owner that is exchanged, a link that breaks."""
 
 from __future__ import annotations
 
