@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +15,21 @@ import torch
 from model_owner.admission import Admission, Everyone, ServerLimits
 from model_owner.answer import Answerer
 from model_owner.handout import Handout, handing_out
+from model_owner.logs import logging_to
 from model_owner.memory import MemoryBudget, measure
 from model_owner.recording import RecordedSocket, Recorder
+from model_owner.reload import Reload
 from model_owner.scheduler import Scheduler
 from model_owner.server import Server
 from model_owner.trunk import Trunk
+from model_owner.watch import Watch, watching
 from splitfl.config import ServeSettings
 from splitfl.cut import Plan
 from splitfl.errors import ModelError, ResourceError
 from splitfl.kit import DTYPES, open_kit
 from splitfl.load import fingerprint_trunk, load_trunk_side, parameter_count
 from splitfl.metrics import Result, peak_rss_bytes, write_results
+from splitfl.options import origin_of_settings
 from splitfl.options.values import parse_size
 from splitfl.report import as_size
 from splitfl.wire.channel import OwnerSocket
@@ -46,11 +48,11 @@ def serve(settings: ServeSettings) -> None:
         ModelError: the kit was cut from another model.
         KeyFileError, ResourceError, UsageError: as their names say.
     """
-    with _logging(settings):
-        _load_and_serve(settings)
+    with logging_to(settings.log_file, level=settings.log_level, form=settings.log_format), watching(settings) as watch:
+        _load_and_serve(settings, watch)
 
 
-def _load_and_serve(settings: ServeSettings) -> None:
+def _load_and_serve(settings: ServeSettings, watch: Watch) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     kit = open_kit(settings.kit)
@@ -60,16 +62,20 @@ def _load_and_serve(settings: ServeSettings) -> None:
         trunk = _load(settings, plan)
         budget = MemoryBudget(parse_size(settings.memory_budget))
         answerer = Answerer(trunk, budget, measure(trunk, caches=plan.task == "causal-lm"))
-        limits = ServerLimits(
-            max_tokens=settings.max_tokens,
-            max_length=min(plan.max_length or _LONGEST_WITHOUT_LIMIT, settings.max_tokens),
-            max_sessions=settings.max_sessions,
-            lease_s=settings.lease,
-            recompute=settings.memory == "recompute",
-            max_sessions_per_party=_sessions_per_party(settings),
-            max_waiting_bytes=budget.limit,
-        )
-        asyncio.run(_serve(settings, plan, answerer, limits, keys, admission, handout))
+        asyncio.run(_serve(settings, plan, answerer, keys, admission, handout, watch))
+
+
+def limits_of(settings: ServeSettings, plan: Plan) -> ServerLimits:
+    """What any session is allowed."""
+    return ServerLimits(
+        max_tokens=settings.max_tokens,
+        max_length=min(plan.max_length or _LONGEST_WITHOUT_LIMIT, settings.max_tokens),
+        max_sessions=settings.max_sessions,
+        lease_s=settings.lease,
+        recompute=settings.memory == "recompute",
+        max_sessions_per_party=_sessions_per_party(settings),
+        max_waiting_bytes=parse_size(settings.memory_budget),
+    )
 
 
 def _sessions_per_party(settings: ServeSettings) -> int:
@@ -106,10 +112,10 @@ def _load(settings: ServeSettings, plan: Plan) -> Trunk:
 
 
 async def _serve(
-    settings: ServeSettings, plan: Plan, answerer: Answerer, limits: ServerLimits, keys: KeyPair | None,
-    admission: Admission, handout: Handout | None,
+    settings: ServeSettings, plan: Plan, answerer: Answerer, keys: KeyPair | None, admission: Admission,
+    handout: Handout | None, watch: Watch,
 ) -> None:  # fmt: skip
-    trunk = answerer.trunk
+    trunk, limits = answerer.trunk, limits_of(settings, plan)
     recorder = _recorder(settings, keys, admission)
     socket = (OwnerSocket if recorder is None else partial(RecordedSocket, recorder=recorder))(
         settings.bind,
@@ -119,16 +125,19 @@ async def _serve(
         insecure_loopback=settings.insecure_loopback,
     )
     await socket.start()
-    scheduler = Scheduler(settings.workers, settings.threads)
-    server = Server(socket, plan, answerer, scheduler, admission, limits, handout)
+    scheduler = Scheduler(settings.workers, settings.threads, watch.observer)
+    server = Server(socket, plan, answerer, scheduler, admission, limits, handout, watch.observer)
+    watch.attach(server)
     try:
         running = asyncio.ensure_future(server.run())
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, running.cancel)
-        loop.add_signal_handler(signal.SIGHUP, server.reload_admission)
+        again = Reload(settings, origin_of_settings(), lambda new: limits_of(new, plan))
+        loop.add_signal_handler(signal.SIGHUP, again, server)
         if handout is not None:
             print(f"{'emulator':8} {handout}", file=sys.stderr)
+        watch.announce()
         _announce(settings, plan, trunk, socket.address, keys, admission, answerer)
         with contextlib.suppress(asyncio.CancelledError):  # told to stop once more on the way out
             await running
@@ -189,34 +198,3 @@ def _results(server: Server) -> list[Result]:
         "peak memory": (peak_rss_bytes(), "bytes"),
     }
     return [Result(case="serve", metric=name, value=value, unit=unit) for name, (value, unit) in figures.items()]
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """`record` as JSON."""
-        entry = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
-        if record.exc_info:
-            entry["trace"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-@contextlib.contextmanager
-def _logging(settings: ServeSettings) -> Iterator[None]:
-    """The owner's log on stderr, in the format asked for; afterwards all is as it was, for whoever called."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _JsonLines() if settings.log_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    )
-    root = logging.getLogger("splitfl")
-    before = root.level, root.propagate
-    root.addHandler(handler)
-    root.setLevel(settings.log_level.upper())
-    root.propagate = False
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(before[0])
-        root.propagate = before[1]

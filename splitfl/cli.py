@@ -24,6 +24,7 @@ from splitfl.config_federation import FederateSettings
 from splitfl.config_keys import KeysAllow, KeysIdentity, KeysNew, KeysRevoke, KeysShow
 from splitfl.config_mesh import FedmodSettings
 from splitfl.config_offsite import EmulatorSettings, FetchSettings, MarginSettings, PluginSettings
+from splitfl.config_owner import StatusSettings, UsageSettings
 from splitfl.config_privacy import LedgerBudget, LedgerExport, LedgerShow
 from splitfl.options import command, run_app
 from splitfl.quiet import silence_library_warnings
@@ -152,6 +153,18 @@ def _serve(settings: ServeSettings) -> None:
     serve(settings)
 
 
+def _status(settings: StatusSettings) -> None:
+    from model_owner.status import status
+
+    status(settings)
+
+
+def _usage(settings: UsageSettings) -> None:
+    from model_owner.usage import export_usage
+
+    export_usage(settings)
+
+
 def _federate(settings: FederateSettings) -> int:
     from model_owner.rounds.federate import federate
 
@@ -226,6 +239,8 @@ command(app, FetchSettings, "fetch", _fetch)
 command(app, PluginSettings, "plugin", _plugin)
 command(app, MarginSettings, "margin", _margin)
 command(app, ServeSettings, "serve", _serve)
+command(app, StatusSettings, "status", _status)
+command(app, UsageSettings, "usage", _usage)
 command(app, TuneSettings, "tune", _tune)
 command(app, FederateSettings, "federate", _federate)
 command(app, FedmodSettings, "fedmod", _fedmod)

@@ -13,6 +13,7 @@ from splitfl import (
     config_keys,
     config_mesh,
     config_offsite,
+    config_owner,
     config_privacy,
 )
 from splitfl.options import Settings, command, run_app
@@ -20,6 +21,8 @@ from splitfl.options import Settings, command, run_app
 COMMANDS: dict[str, type[Settings]] = {
     "kit": config.KitSettings,
     "serve": config.ServeSettings,
+    "status": config_owner.StatusSettings,
+    "usage": config_owner.UsageSettings,
     "tune": config.TuneSettings,
     "generate": config.GenerateSettings,
     "evaluate": config.EvaluateSettings,

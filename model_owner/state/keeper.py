@@ -127,6 +127,11 @@ class Keeper:
         with self._news:
             return self._spent.get(party, 0)
 
+    def spent_of_all(self) -> dict[str, int]:
+        """The same for every party that was ever charged."""
+        with self._news:
+            return dict(self._spent)
+
     def charge(self, party: str, tokens: int) -> None:
         """Charge tokens; returns at once."""
         with self._news:

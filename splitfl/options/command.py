@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from splitfl.options.file import read_config
+from splitfl.options.origin import Origin, note_origin
 from splitfl.options.records import Field, Settings, fields_of
 
 S = TypeVar("S", bound=Settings)
@@ -31,14 +32,17 @@ def command(app: typer.Typer, settings_class: type[S], name: str, handler: Calla
         handler: called with the resolved settings.
     """
     fields = fields_of(settings_class)
+    contexts: list[typer.Context] = []
 
     def run(**given: Any) -> None:
+        note_origin(_origin(contexts.pop(), name, given["config"]))
         values = {f.name: tuple(given[f.name] or ()) if f.many else given[f.name] for f in fields}
         code = handler(settings_class(**values))
         if isinstance(code, int) and code:
             raise typer.Exit(int(code))
 
     def read(context: typer.Context, value: Path | None) -> Path | None:
+        contexts[:] = [context]  # called for each command line, with a file or without
         if value is not None:
             context.default_map = read_config(value, settings_class, *_place(context, name))
         return value
@@ -66,6 +70,13 @@ def _parameter(field: Field) -> inspect.Parameter:
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _origin(context: typer.Context, name: str, config: Path | None) -> Origin:
+    sources = {word: context.get_parameter_source(word) for word in context.params}
+    typed = {word for word, source in sources.items() if source and source.name in ("COMMANDLINE", "ENVIRONMENT")}
+    words, beside = _place(context, name)
+    return Origin(config=config, typed=frozenset(typed), words=words, beside=beside)
 
 
 def _place(context: typer.Context, name: str) -> tuple[tuple[str, ...], tuple[frozenset[str], ...]]:
