@@ -24,6 +24,7 @@ _LIMIT_S = 1800.0
 _ROWS = 400
 _CASE = ", as it crossed"
 _BEYOND = "beyond frequency"
+_EXTRACTION, _TAKEN = "extract", "share of the trunk's use recovered"
 _MAIN = ("token recovery", "answer recovery", "class accuracy", "AUC", "bag F1")
 
 
@@ -102,7 +103,21 @@ def read_audit(results: Sequence[Mapping[str, Any]]) -> list[Attacked]:
             Attacked(name=name, knowledge=knowledge, metric=metric, value=value, low=low, high=high,
                      baseline=value - beyond[0], beyond=beyond[0], beyond_low=beyond[1], beyond_high=beyond[2])
         )  # fmt: skip
-    return found
+    return found + _extraction(results)
+
+
+def _extraction(results: Sequence[Mapping[str, Any]]) -> list[Attacked]:
+    """What a student of the owner's trunk is worth, trained on all that came back; no trunk at all is 0. One student:
+    no interval."""
+    shares = [r["value"] for r in results if r["case"] == _EXTRACTION and str(r["metric"]).startswith(_TAKEN)]
+    shares = [float(share) for share in shares if isinstance(share, int | float)]
+    if not shares:
+        return []
+    value = shares[-1]
+    return [
+        Attacked(name=_EXTRACTION, knowledge="holder", metric=_TAKEN, value=value, low=value, high=value, baseline=0.0,
+                 beyond=value, beyond_low=value, beyond_high=value, side="owner")
+    ]  # fmt: skip
 
 
 # ---- an adapter that was given away

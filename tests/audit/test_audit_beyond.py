@@ -1,4 +1,4 @@
-"""`splitfl audit` of what is no traffic: adapter, planted secrets, updates, the trunk, claims, a lying owner. Real runs."""
+"""`splitfl audit` beside the traffic: adapter, planted secrets, updates, trunk, claims, a lying owner. Real runs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_updates_in_the_clear_and_planted_secrets(tiny, federated):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_was_not_recorded_is_asked_what_its_adapter_says(tiny, online, capsys, tmp_path):
-    folder, model, _ = tiny
+    _, model, _ = tiny
     splitfl_here("audit", online, "--forget")
     member = ("--attack", "membership", "--model", model, *HOW)
     splitfl_here("audit", online, *member, "--out", tmp_path / "a", "--reference", online)
