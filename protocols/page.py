@@ -11,7 +11,8 @@ from protocols.record import Protocol
 from splitfl.bench.utility_section import section as utility_section
 from splitfl.privacy.disclosure import Crossing
 
-_UTILITY = Path(__file__).resolve().parents[1] / "docs" / "utility.json"  # not part of an installed package
+_DOCS = Path(__file__).resolve().parents[1] / "docs"  # not part of an installed package
+_UTILITY, _COMPARED = _DOCS / "utility.json", _DOCS / "compare.json"
 
 _HEAD = """\
 # Protocols
@@ -26,13 +27,33 @@ worth, leaks and costs.
 def page() -> str:
     """The whole page as Markdown."""
     sections = (line for protocol in (PROTOCOLS | PEER_PROTOCOLS).values() for line in _section(protocol))
-    return "\n".join([_HEAD, *_overview(), *sections, *_utility()])
+    return "\n".join([_HEAD, *_overview(), *sections, *_utility(), *_compared()])
 
 
 def _utility() -> Iterator[str]:
     """What protection costs, where it has been measured."""
     if _UTILITY.is_file():
         yield from utility_section(json.loads(_UTILITY.read_text(encoding="utf-8")))
+
+
+def _compared() -> Iterator[str]:
+    """What every design came to in the shipped comparison, where it has been run."""
+    if not _COMPARED.is_file():
+        return
+    record = json.loads(_COMPARED.read_text(encoding="utf-8"))
+    size = "quick rows and steps" if record["quick"] else "whole size"
+    yield "## All designs beside each other\n"
+    yield f"From `splitfl compare`, at its {size}; [compare.md](compare.md) says how, and what the rest costs."
+    yield "Empirical: only against the attacks that were run.\n"
+    for name, data in record["data"].items():
+        yield f"### {name}: {data['title']} ({data['metric']})\n"
+        yield "| design | leaves the holder | gain kept | best attack | guessing; beyond it | owner's side |"
+        yield "|---|---|---|---|---|---|"
+        for row in data["rows"]:
+            star = "★ " if row["pareto"] else ""
+            named = f"{star}`{row['design']}`" + (" (closed)" if row["closed"] else "")
+            yield _row(named, row["leaves"], row["kept"], row["attack"], row["guessing"], row["side"])
+        yield ""
 
 
 def _overview() -> Iterator[str]:
