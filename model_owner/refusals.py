@@ -45,3 +45,10 @@ def nothing_to_fetch() -> Refusal:
 def ended() -> Refusal:
     """The session was closed while its request waited."""
     return Refusal("The session has ended.", code="unknown_session", hint="say hello again")
+
+
+def given_up() -> Refusal:
+    """Work that was dropped before it was computed: its session has ended, or its party has stopped asking for it."""
+    return Refusal(
+        "The request waited for longer than a party does.", code="busy", hint="ask again; the owner has too much to do"
+    )

@@ -256,7 +256,7 @@ class Server:
         tokens = rows * new
         if message.cache is None:
             work = functools.partial(self._forward_on_worker, held, message, envelope.frames)
-            outcome = await self.scheduler.run(held.key, tokens, work)
+            outcome = await self.scheduler.run(held.payer, tokens, work)
         else:
             outcome = await self._forward_cached(held, message, envelope, tokens)
         if outcome.kept is not None:
@@ -283,7 +283,7 @@ class Server:
             cache = self.answerer.open_cache(held, message)
             try:
                 work = functools.partial(self._forward_on_worker, held, message, envelope.frames, cache)
-                return await self.scheduler.run(held.key, tokens, work)
+                return await self.scheduler.run(held.payer, tokens, work)
             except BaseException:
                 held.drop_cache(message.cache)  # it may be half written
                 raise
@@ -302,7 +302,7 @@ class Server:
         rows, length, _ = message.tensors[0].shape
         work = functools.partial(self._backward_on_worker, held, message, envelope.frames, kept)
         try:
-            outcome = await self.scheduler.run(held.key, 2 * rows * length, work)
+            outcome = await self.scheduler.run(held.payer, 2 * rows * length, work)
         except BaseException:
             held.spend_step(message.step)
             raise
@@ -360,7 +360,6 @@ class Server:
         if self._is_open(held):
             self.observer.session_ended(held.facts, why, time.monotonic() - held.opened)
         self.table.remove(held)
-        self.scheduler.forget(held.key)
 
     def _note(self, text: str, *facts: object, session: str | None = None) -> None:
         """Log what a party brought about, but not more lines than anybody would read."""

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -70,6 +70,11 @@ class HeldSession:
     name: str = field(default_factory=lambda: secrets.token_hex(6))
     """For logs and records."""
     opened: float = field(default_factory=time.monotonic)
+
+    @property
+    def payer(self) -> Hashable:
+        """Whose turn its work takes: all sessions of a key have one share. Where nobody has a key, each has its own."""
+        return self.key if self.key[0] == INSECURE_SENDER else self.key[0]
 
     @property
     def facts(self) -> SessionFacts:
