@@ -218,7 +218,7 @@ def screen(figures: Figures, before: Figures | None) -> RenderableType:
         rows.add_column(name, justify="right")
     rows.add_column("tokens/s", justify="right")
     for party, row in figures.parties.items():
-        own = _rates(row, before.parties.get(party) if before else None, figures, before)
+        own = _rates(row, before.parties.get(party, {}) if before else None, figures, before)
         shown = (_words(*row[name]) if name in row else "" for name in columns)
         rows.add_row(party, *shown, f"{own['tokens']:,.0f}" if "tokens" in own else "")
     state = "draining" if figures.whole.get("draining", (0, ""))[0] else "serving"
@@ -233,10 +233,11 @@ def _rates(
     """A second, for what only grows; after a restart of the owner a count is smaller, and there is no rate."""
     if earlier is None or before is None or now.moment <= before.moment:
         return {}
+    nothing = (0.0, "")  # what was never counted is not shown at all
     return {
-        name: (value - earlier[name][0]) / (now.moment - before.moment)
+        name: (value - earlier.get(name, nothing)[0]) / (now.moment - before.moment)
         for name, (value, _) in row.items()
-        if name in COUNTING and name in earlier and value >= earlier[name][0]
+        if name in COUNTING and value >= earlier.get(name, nothing)[0]
     }
 
 

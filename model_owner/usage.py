@@ -14,6 +14,7 @@ from model_owner.state.reading import SUMMED, Usage, usage
 from splitfl.config_owner import UsageSettings
 from splitfl.files import replace_text
 from splitfl.metrics import Result, write_results
+from splitfl.report import as_size
 
 UNITS = {
     "sessions": "sessions", "session_seconds": "seconds", "tokens_forward": "tokens", "tokens_backward": "tokens",
@@ -66,14 +67,20 @@ def _shown(line: Usage, name: str) -> str:
 
 
 def _as_table(lines: list[Usage], settings: UsageSettings) -> Table:
+    """The figures a person looks for; all of them are in the files."""
     until = settings.to_day or time.strftime("%Y-%m-%d", time.gmtime())
     table = Table(title=f"{settings.from_day or 'the start'} to {until} (UTC)", title_justify="left", box=None)
     days = settings.by == "day"
     for name in ("party", *(["day"] if days else [])):
-        table.add_column(name)
-    for name in SUMMED:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("sessions", "hours", "tokens", "steps", "in", "out"):
+        table.add_column(name, justify="right")
     for line in lines:
-        figures = (f"{line.sums[name]:,.0f}" for name in SUMMED)
-        table.add_row(line.party, *([line.day or ""] if days else []), *figures)
+        sums = line.sums
+        tokens = sum(value for name, value in sums.items() if name.startswith("tokens_"))
+        table.add_row(
+            line.party, *([line.day or ""] if days else []), f"{sums['sessions']:,}",
+            f"{sums['session_seconds'] / 3600:,.2f}", f"{tokens:,}", f"{sums['steps']:,}",
+            as_size(round(sums["bytes_in"])), as_size(round(sums["bytes_out"])),
+        )  # fmt: skip
     return table
