@@ -109,7 +109,7 @@ def _parts(attack: Attack, knowledge: Knowledge, ground: Ground) -> tuple[Part, 
     """What an attack is run on: once for each adapter that it is given."""
     if not attack.needs & FORWARD:
         return ((None, ()),)
-    offered: Sequence[Part] = ground.choice.moments
+    offered: Sequence[Part] = ground.choice.moments[:1] if attack.taught else ground.choice.moments
     if knowledge != Knowledge.EXACT:
         offered = ((None, ground.choice.whole),)
 

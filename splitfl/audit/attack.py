@@ -36,5 +36,7 @@ class Attack:
     """Why it may do badly where the text can be read all the same; the report prints it beside a low score."""
     default: bool = True
     """Whether `splitfl audit` runs it unless told otherwise."""
+    taught: bool = False
+    """Whether it is taught anew for each bottom, which takes most of its time: one adapter of a run is enough then."""
     rows: int | None = None
     """The most rows, as sent, that it is worth its time on; None for all that the audit takes."""

@@ -61,4 +61,5 @@ ATTACK = Attack(
     run=_run,
     weak_point="each stage starts from the one before; where the inverter knows nothing, few steps find little",
     default=False,
+    taught=True,
 )

@@ -32,7 +32,7 @@ UNITS, DROPOUT = 256, 0.1
 RATE, DECAY = 1e-3, 1e-5
 _BATCH, _PATIENCE = 8, 3
 _EPOCHS = {"quick": 6, "default": 20}
-_SECONDS = {"quick": 15.0, "default": 130.0}
+_SECONDS = {"quick": 15.0, "default": 75.0}
 """Most time that teaching may take."""
 _RANDOM_ROWS, _RANDOM_LENGTH = 400, 64
 _LITTLE = 5000
@@ -327,6 +327,7 @@ ATTACKS = (
         least=Knowledge.BASE,
         run=_plain,
         weak_point=_WEAK,
+        taught=True,
     ),
     Attack(
         name="sip-namoe",
@@ -337,6 +338,7 @@ ATTACKS = (
         least=Knowledge.BASE,
         run=_namoe,
         weak_point=_WEAK,
+        taught=True,
         default=False,
     ),
 )
