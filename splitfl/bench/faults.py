@@ -86,6 +86,7 @@ class Proxy:
         self._triggers: list[_Trigger] = []
         self._writers: set[asyncio.StreamWriter] = set()
         self._listener: asyncio.Server | None = None
+        self._reopening: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="fault proxy", daemon=True)
 
@@ -152,12 +153,15 @@ class Proxy:
                 self._tear = True  # with the next chunk, of which half is passed on
             case _:
                 self._fault, self._until = fault, time.monotonic() + fault.seconds
-        if fault.kind == "refuse":
+        if fault.kind == "refuse" and (self._reopening is None or self._reopening.done()):
             self._cut()
             if self._listener is not None:
                 self._listener.close()
-            await asyncio.sleep(fault.seconds)
-            await self._listen()
+            self._reopening = asyncio.create_task(self._listen_again(fault.seconds))
+
+    async def _listen_again(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._listen()
 
     def _cut(self) -> None:
         for writer in self._writers:

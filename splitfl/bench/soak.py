@@ -132,7 +132,7 @@ def _disturb(soak: Soak, seconds: float, draw: random.Random) -> None:
     due = {name: draw.expovariate(1 / _FAULT_S) for name in soak.proxies}
     kill_due, sample_due, tell_due = draw.uniform(0.5, 1.0) * _KILL_S, 0.0, _TELL_S
     restarts: list[threading.Thread] = []
-    while (now := time.monotonic() - soak.began) < seconds and not any(loop.score.lost for loop in soak.loops.values()):
+    while (now := time.monotonic() - soak.began) < seconds and any(loop.is_alive() for loop in soak.loops.values()):
         for name, proxy in soak.proxies.items():
             if now >= due[name]:
                 fault = draw_fault(draw, longest_s=_LONGEST_S)

@@ -150,7 +150,8 @@ class Killed(Loop):
             if code == 0:
                 break
             if code != -signal.SIGKILL:
-                self.score.failed(f"{self.name}: run {self._runs} ended with code {code}; see {run}.log")
+                said = run.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
+                self.score.failed(f"{self.name}: run {self._runs} ended with code {code}: {' | '.join(said[-3:])}")
                 return
         self._compare(run, time.monotonic() - began)
         self.stopping.wait(self.pace_s)

@@ -163,7 +163,7 @@ def raise_if_hopeless(address: Address, seen: Sight, pinned: bytes | None, failu
         address: of the owner.
         seen: what answers there.
         pinned: the owner's public key (Z85), or None on an unencrypted channel.
-        failures: how many handshakes in a row have failed.
+        failures: how many handshakes in a row have failed, each beside a look that saw an owner.
 
     Raises:
         UnreachableError: something answers that is not an owner, or one with another security than ours.
