@@ -47,6 +47,8 @@ _REQUEST_TIMEOUT_S = 5.0
 class Look:
     """The owner at one moment; read by the thread that answers HTTP."""
 
+    starting: bool = False
+    """The model is being loaded; nobody can connect yet."""
     draining: bool = False
     sessions: int = 0
     waiting: int = 0
@@ -173,7 +175,7 @@ class Metrics:
 
 
 class MetricsServer:
-    """Answers ``/metrics`` and ``/healthz`` (200 while it serves, 503 while it drains) until it is closed.
+    """Answers ``/metrics`` and ``/healthz`` (200 while the owner serves, 503 before and after) until it is closed.
 
     Args:
         metrics: what to show.
@@ -231,9 +233,9 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._say(HTTPStatus.OK, self.shown.page(), CONTENT_TYPE_LATEST)
             case "/healthz":
-                draining = self.shown.look().draining
-                status = HTTPStatus.SERVICE_UNAVAILABLE if draining else HTTPStatus.OK
-                self._say(status, b"draining\n" if draining else b"serving\n")
+                look = self.shown.look()
+                status = HTTPStatus.SERVICE_UNAVAILABLE if look.starting or look.draining else HTTPStatus.OK
+                self._say(status, b"draining\n" if look.draining else b"starting\n" if look.starting else b"serving\n")
             case _:
                 self._say(HTTPStatus.NOT_FOUND, b"/metrics or /healthz\n")
 

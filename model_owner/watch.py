@@ -62,9 +62,9 @@ def watching(settings: Keeping) -> Iterator[Watch]:
             observers.append(keeper)
             account = keeper
         if settings.metrics_bind is not None:
-            from model_owner.metrics import Metrics, MetricsServer
+            from model_owner.metrics import Look, Metrics, MetricsServer
 
-            metrics = Metrics()
+            metrics = Metrics(lambda: Look(starting=True))
             observers.append(metrics)
             host, port = parse_bind(settings.metrics_bind)
             server = MetricsServer(metrics, host, port)

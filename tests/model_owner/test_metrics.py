@@ -103,9 +103,14 @@ def test_no_label_for_a_row_and_names_of_parties_within_a_bound():
 
 
 def test_health_follows_the_drain():
-    looks = [Look(sessions=3, memory_used=5, memory_limit=9)]
+    looks = [Look(starting=True)]
     metrics = Metrics(lambda: looks[-1])
     with shown(metrics) as address:
+        with pytest.raises(urllib.error.HTTPError) as early:
+            fetch(address, "/healthz")
+        with early.value as error:
+            assert (error.code, error.read()) == (503, b"starting\n")
+        looks.append(Look(sessions=3, memory_used=5, memory_limit=9))
         assert fetch(address, "/healthz") == (200, "serving\n")
         assert values(fetch(address, "/metrics")[1])["splitfl_sessions_open",] == 3
         looks.append(Look(draining=True))
