@@ -51,7 +51,11 @@ class ServerLimits:
     recompute: bool
     max_sessions_per_party: int = 4
     max_waiting_bytes: int = 1 << 30
-    """What requests that wait for a worker may take together; one of each session always may."""
+    """What requests that wait for a worker may take together; one of each party always may."""
+    deadline_s: float = 150.0
+    """Work that its party has not asked for (again) for so long is dropped; a party that waits repeats it sooner."""
+    cache_lease_s: float | None = None
+    """An idle KV cache is dropped after so long; None with its session."""
 
 
 def check_offer(message: Hello, plan: Plan) -> None:
@@ -76,16 +80,22 @@ def check_offer(message: Hello, plan: Plan) -> None:
         )
 
 
-def make_room(table: SessionTable, sender: str, limits: ServerLimits) -> HeldSession | None:
+def make_room(table: SessionTable, sender: str, limits: ServerLimits, most: int | None = None) -> HeldSession | None:
     """The session that has to end so that this party may open one more; None if there is room.
 
     Only a session of the same party gives way, and only one that seems forgotten: its process may have crashed.
 
+    Args:
+        table: all open sessions.
+        sender: the party's key.
+        limits: of the owner.
+        most: sessions that this party may have, where its quota says so.
+
     Raises:
         Refusal: all places are in use.
     """
-    own = table.of_party(sender)
-    if len(own) < limits.max_sessions_per_party and len(table) < limits.max_sessions:
+    own, most = table.of_party(sender), most or limits.max_sessions_per_party
+    if len(own) < most and len(table) < limits.max_sessions:
         return None
     forgotten = [held for held in own if held.silent_for(_FORGOTTEN_S)]
     if forgotten:
@@ -93,7 +103,7 @@ def make_room(table: SessionTable, sender: str, limits: ServerLimits) -> HeldSes
     raise Refusal(
         f"{len(own)} sessions of this party are open already, {len(table)} of all parties.",
         code="busy",
-        expected=f"at most {limits.max_sessions_per_party} of a party and {limits.max_sessions} of all",
+        expected=f"at most {most} of a party and {limits.max_sessions} of all",
         hint="close one, or try again later",
     )
 

@@ -76,6 +76,7 @@ class Answerer:
                 raise _no_room("the cache")
             entry.reserved = needed
         entry.rows, entry.length = rows, message.past + new
+        entry.steps.append(message.step)
         return entry.cache
 
     def forward(

@@ -6,7 +6,18 @@ from splitfl.wire.frames import Violation
 
 
 class Refusal(Violation):
-    """The owner cannot do what was asked, though it was well formed."""
+    """The owner cannot do what was asked, though it was well formed.
+
+    Args:
+        retry_after_s: when it is worth asking again; None where nothing is known about that.
+    """
+
+    def __init__(
+        self, problem: str, *, code: str, expected: str | None = None, hint: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(problem, code=code, expected=expected, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 def revoked() -> Refusal:

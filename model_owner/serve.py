@@ -17,6 +17,7 @@ from model_owner.answer import Answerer
 from model_owner.handout import Handout, handing_out
 from model_owner.logs import logging_to
 from model_owner.memory import MemoryBudget, measure
+from model_owner.quotas import FILE_NAME, Quotas
 from model_owner.recording import RecordedSocket, Recorder
 from model_owner.reload import Reload
 from model_owner.scheduler import Scheduler
@@ -58,11 +59,12 @@ def _load_and_serve(settings: ServeSettings, watch: Watch) -> None:
     kit = open_kit(settings.kit)
     plan = kit.plan
     keys, admission = _security(settings)
+    quotas = Quotas(_quota_file(settings), watch.account)
     with handing_out(settings.emulator, kit) as handout:  # first of all: it is quick, and may be the wrong one
         trunk = _load(settings, plan)
         budget = MemoryBudget(parse_size(settings.memory_budget))
         answerer = Answerer(trunk, budget, measure(trunk, caches=plan.task == "causal-lm"))
-        asyncio.run(_serve(settings, plan, answerer, keys, admission, handout, watch))
+        asyncio.run(_serve(settings, plan, answerer, keys, admission, handout, watch, quotas))
 
 
 def limits_of(settings: ServeSettings, plan: Plan) -> ServerLimits:
@@ -75,6 +77,8 @@ def limits_of(settings: ServeSettings, plan: Plan) -> ServerLimits:
         recompute=settings.memory == "recompute",
         max_sessions_per_party=_sessions_per_party(settings),
         max_waiting_bytes=parse_size(settings.memory_budget),
+        deadline_s=settings.deadline,
+        cache_lease_s=settings.cache_lease,
     )
 
 
@@ -83,6 +87,12 @@ def _sessions_per_party(settings: ServeSettings) -> int:
     if settings.insecure_loopback:
         return settings.max_sessions
     return max(1, min(_SESSIONS_PER_PARTY, settings.max_sessions - 1))
+
+
+def _quota_file(settings: ServeSettings) -> Path | None:
+    """What was named; else the file in the allow-list's folder, if there is one."""
+    found = None if settings.parties is None else settings.parties / FILE_NAME
+    return settings.parties_config or (found if found is not None and found.is_file() else None)
 
 
 def _security(settings: ServeSettings) -> tuple[KeyPair | None, Admission]:
@@ -113,7 +123,7 @@ def _load(settings: ServeSettings, plan: Plan) -> Trunk:
 
 async def _serve(
     settings: ServeSettings, plan: Plan, answerer: Answerer, keys: KeyPair | None, admission: Admission,
-    handout: Handout | None, watch: Watch,
+    handout: Handout | None, watch: Watch, quotas: Quotas,
 ) -> None:  # fmt: skip
     trunk, limits = answerer.trunk, limits_of(settings, plan)
     recorder = _recorder(settings, keys, admission)
@@ -126,7 +136,7 @@ async def _serve(
     )
     await socket.start()
     scheduler = Scheduler(settings.workers, settings.threads, watch.observer)
-    server = Server(socket, plan, answerer, scheduler, admission, limits, handout, watch.observer)
+    server = Server(socket, plan, answerer, scheduler, admission, limits, handout, watch.observer, quotas)
     watch.attach(server)
     try:
         running = asyncio.ensure_future(server.run())

@@ -9,30 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
-from transformers import Cache
-
 import splitfl
 from model_owner import refusals
 from model_owner.admission import Admission, ServerLimits, check_offer, make_room, new_session
-from model_owner.answer import Answerer, Outcome
+from model_owner.answer import Answerer
 from model_owner.handout import Handout
+from model_owner.memory import GREED
 from model_owner.observer import Ended, NoObserver, Observer
+from model_owner.quotas import Charge, Quotas
 from model_owner.refusals import Refusal
 from model_owner.scheduler import Scheduler
+from model_owner.service import Service, positions_of, tokens_of
 from model_owner.sessions import HeldSession, SessionTable
-from model_owner.trunk import Kept
 from splitfl.cut import Plan
 from splitfl.wire import frames as wire
 from splitfl.wire.channel import Envelope, OwnerSocket
 from splitfl.wire.codecs import Frame, dtype_name, nbytes
 from splitfl.wire.messages import (
+    LONGEST_PAUSE_S,
     Backward,
     Bye,
     Closed,
@@ -75,10 +75,12 @@ class Server:
     def __init__(
         self, socket: OwnerSocket, plan: Plan, answerer: Answerer, scheduler: Scheduler, admission: Admission,
         limits: ServerLimits, handout: Handout | None = None, observer: Observer | None = None,
+        quotas: Quotas | None = None,
     ) -> None:  # fmt: skip
         self.socket, self.plan, self.answerer, self.scheduler = socket, plan, answerer, scheduler
         self.admission, self.limits, self.handout = admission, limits, handout
         self.observer: Observer = observer or NoObserver()
+        self.quotas = quotas or Quotas()
         self.table = SessionTable(limits.lease_s)
         self.counters = Counters()
         self.draining = False
@@ -103,8 +105,9 @@ class Server:
             await asyncio.gather(*upkeep, return_exceptions=True)
 
     def reload_admission(self) -> None:
-        """Read the allow-list again and end the sessions of keys that are no longer on it."""
+        """Read the allow-list and the quotas again, and end the sessions of keys that are no longer on the list."""
         self.admission.reload()
+        self.quotas.reload()
         self._end_revoked()
 
     # ---- one message
@@ -166,7 +169,8 @@ class Server:
     def _open(self, envelope: Envelope, message: Hello, party: str) -> HeldSession:
         """A session for a first hello, not yet entered in the table; a forgotten one may have to give way to it."""
         check_offer(message, self.plan)
-        forgotten = make_room(self.table, envelope.sender, self.limits)
+        self.quotas.check_session(party)
+        forgotten = make_room(self.table, envelope.sender, self.limits, self.quotas.of(party).max_sessions)
         if forgotten is not None:
             self._note("a silent session of %s gives way to its next one", forgotten.party, session=forgotten.name)
             self._end(forgotten, "gave way")
@@ -201,42 +205,58 @@ class Server:
     def _start(self, held: HeldSession, message: Request, envelope: Envelope, turn: Turn) -> None:
         request = (kind(message), message.step)
         if turn is Turn.RETRY and request in held.under_way:
+            held.under_way[request] = time.monotonic()
             return  # its answer is on the way, and goes to the route heard last
         if turn is Turn.RETRY and request in held.replies:
             self._send([envelope.route], held.replies[request])
             return
         size = message.length if isinstance(message, Fetch) else sum(map(nbytes, envelope.frames))
-        if self.draining:
-            problem = refusals.draining()
-        elif held.under_way and self.waiting_bytes + size > self.limits.max_waiting_bytes:
-            problem = refusals.too_much_waits()
-        else:
-            held.under_way.add(request)
-            self.waiting_bytes += size
-            task = asyncio.create_task(self._serve(held, message, envelope, size))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        try:
+            if self.draining:
+                raise refusals.draining()
+            self._check_room(held, size)
+            charge = self.quotas.admit(held.party, tokens_of(message), size)
+        except wire.Violation as problem:
+            self._refuse([envelope.route], message.session, problem, step=message.step, held=held)
             return
-        self._refuse([envelope.route], message.session, problem, step=message.step, held=held)
+        held.under_way[request] = time.monotonic()
+        self.waiting_bytes += size
+        task = asyncio.create_task(self._serve(held, message, envelope, charge))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, held: HeldSession, message: Request, envelope: Envelope, size: int) -> None:
+    def _check_room(self, held: HeldSession, size: int) -> None:
+        """Whether a request of `size` bytes may wait: a party that has nothing under way always may.
+
+        As with memory, what a party has waiting is at most `GREED` times what it leaves free.
+        """
+        own, free = self.quotas.bytes_in_flight(held.party), self.limits.max_waiting_bytes - self.waiting_bytes - size
+        if own and own + size > GREED * max(free, 0):
+            raise refusals.too_much_waits()
+
+    async def _serve(self, held: HeldSession, message: Request, envelope: Envelope, charge: Charge) -> None:
         """Schedule one request and answer it; if its session has ended meanwhile, nobody is told."""
         request = (kind(message), message.step)
         started = time.monotonic()
         try:
             match message:
                 case Forward():
-                    frames = (await self._forward(held, message, envelope)).frames
+                    frames = (await self._service().forward(held, message, envelope.frames)).frames
+                    self.counters.forwards += 1
+                    self.counters.tokens += positions_of(message)
                 case Backward():
-                    frames = (await self._backward(held, message, envelope)).frames
+                    frames = (await self._service().backward(held, message, envelope.frames)).frames
+                    self.counters.backwards += 1
                 case Fetch():
                     frames = await self._fetch(held, message)
+            if self._is_open(held):
+                await self.quotas.settle(charge)
             if self._is_open(held):
                 held.talk.send(wire.open_header(frames, sender="owner"))
                 if not isinstance(message, Fetch):  # a file can be read again
                     held.remember(request, frames)
                 self._send(held.routes, frames)
-                self.observer.request_served(held.told(message, size, frames, time.monotonic() - started))
+                self.observer.request_served(held.told(message, charge.size, frames, time.monotonic() - started))
         except wire.Violation as violation:
             if self._is_open(held):
                 self._refuse(held.routes, held.key[1], violation, step=message.step, held=held)
@@ -245,70 +265,21 @@ class Server:
             if self._is_open(held):
                 self._refuse(held.routes, held.key[1], refusals.internal(), step=message.step, held=held)
         finally:
-            self.waiting_bytes -= size
-            held.under_way.discard(request)
+            self.waiting_bytes -= charge.size
+            self.quotas.cancel(charge)
+            held.under_way.pop(request, None)
             held.last_heard = time.monotonic()  # the lease begins when there is something to hold
             if not self._is_open(held):
                 self._end(held)  # once more, for what the request has left behind
 
-    async def _forward(self, held: HeldSession, message: Forward, envelope: Envelope) -> Outcome:
-        rows, new, _ = next(spec.shape for spec in message.tensors if spec.name == "hidden")
-        tokens = rows * new
-        if message.cache is None:
-            work = functools.partial(self._forward_on_worker, held, message, envelope.frames)
-            outcome = await self.scheduler.run(held.payer, tokens, work)
-        else:
-            outcome = await self._forward_cached(held, message, envelope, tokens)
-        if outcome.kept is not None:
-            if self._is_open(held) and message.step in held.talk.kept_steps():
-                held.keep(message.step, outcome.kept, outcome.reserved)
-            else:  # closed or released meanwhile
-                held.budget.give_back(outcome.reserved)
-        held.served_tokens += tokens
-        self.counters.forwards += 1
-        self.counters.tokens += tokens
-        return outcome
-
-    def _forward_on_worker(
-        self, held: HeldSession, message: Forward, frames: Sequence[Frame], cache: Cache | None = None
-    ) -> Outcome:
-        """Codes are read here, not on the thread that owns the sockets."""
-        return self.answerer.forward(held, message, wire.tensors_of(message, frames), cache)
-
-    async def _forward_cached(self, held: HeldSession, message: Forward, envelope: Envelope, tokens: int) -> Outcome:
-        assert message.cache is not None  # noqa: S101
-        async with held.cache_turn:
-            if not self._is_open(held):
-                raise refusals.ended()
-            cache = self.answerer.open_cache(held, message)
-            try:
-                work = functools.partial(self._forward_on_worker, held, message, envelope.frames, cache)
-                return await self.scheduler.run(held.payer, tokens, work)
-            except BaseException:
-                held.drop_cache(message.cache)  # it may be half written
-                raise
-
-    def _backward_on_worker(self, held: HeldSession, message: Backward, frames: Sequence[Frame], kept: Kept) -> Outcome:
-        return self.answerer.backward(held, message, kept, wire.tensors_of(message, frames)["gradient"])
-
-    async def _backward(self, held: HeldSession, message: Backward, envelope: Envelope) -> Outcome:
-        if message.step not in held.kept:
-            raise Refusal(
-                f"Step {message.step} is not held here any more.",
-                code="unknown_step",
-                hint="send its forward again, then the backward",
-            )
-        kept, _ = held.kept[message.step]
-        rows, length, _ = message.tensors[0].shape
-        work = functools.partial(self._backward_on_worker, held, message, envelope.frames, kept)
-        try:
-            outcome = await self.scheduler.run(held.payer, 2 * rows * length, work)
-        except BaseException:
-            held.spend_step(message.step)
-            raise
-        held.drop_step(message.step)
-        self.counters.backwards += 1
-        return outcome
+    def _service(self) -> Service:
+        return Service(
+            answerer=self.answerer,
+            scheduler=self.scheduler,
+            quotas=self.quotas,
+            is_open=self._is_open,
+            deadline_s=self.limits.deadline_s,
+        )
 
     async def _fetch(self, held: HeldSession, message: Fetch) -> list[Frame]:
         if self.handout is None:
@@ -339,6 +310,7 @@ class Server:
             expected=violation.expected,
             hint=violation.hint,
             step=step,
+            retry_after_s=_pause(violation),
         )
         if held is not None:
             with contextlib.suppress(wire.Violation):
@@ -394,6 +366,10 @@ class Server:
             told = held.party, self.limits.lease_s
             self._note("session of %s expired after %.0f s of silence", *told, session=held.name)
             self._end(held, "expired")
+        lease = self.limits.cache_lease_s
+        for held in self.table if lease is not None else ():
+            if dropped := held.drop_idle_caches(lease):
+                self._note("%d idle caches of %s were dropped", dropped, held.party, session=held.name)
 
     async def _drain(self) -> None:
         """Finish what is under way, then close every session. Messages are read all the time, to say no to them."""
@@ -407,3 +383,8 @@ class Server:
         c = self.counters
         log.info("stopped: %d sessions, %d forwards, %d backwards, %d tokens, %d bytes handed out", c.sessions,
                  c.forwards, c.backwards, c.tokens, c.piece_bytes)  # fmt: skip
+
+
+def _pause(violation: wire.Violation) -> float | None:
+    pause = violation.retry_after_s if isinstance(violation, Refusal) else None
+    return None if pause is None else min(pause, LONGEST_PAUSE_S)

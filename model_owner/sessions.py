@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -40,6 +40,10 @@ class HeldCache:
     reserved: int = 0
     rows: int = 0
     length: int = 0
+    used: float = field(default_factory=time.monotonic)
+    """When it was used last."""
+    steps: deque[int] = field(default_factory=lambda: deque(maxlen=2 * _REPLIES_REMEMBERED))
+    """The last ones that went into it."""
 
 
 @dataclass
@@ -59,7 +63,8 @@ class HeldSession:
     last_heard: float = field(default_factory=time.monotonic)
     kept: dict[int, tuple[Kept, int]] = field(default_factory=dict)
     caches: dict[int, HeldCache] = field(default_factory=dict)
-    under_way: set[Request] = field(default_factory=set)
+    under_way: dict[Request, float] = field(default_factory=dict)
+    """Requests that have no answer yet, and when the party asked last."""
     replies: OrderedDict[Request, list[Frame]] = field(default_factory=OrderedDict)
     served_tokens: int = 0
     handed_out: int = 0
@@ -141,6 +146,22 @@ class HeldSession:
         held = self.caches.pop(number, None)
         if held is not None:
             self.budget.give_back(held.reserved)
+            for step in held.steps:  # said again, they shall fill a new one, not be answered from memory
+                self.replies.pop(("forward", step), None)
+
+    def touch_cache(self, number: int) -> None:
+        """Its lease begins anew."""
+        if number in self.caches:
+            self.caches[number].used = time.monotonic()
+
+    def drop_idle_caches(self, seconds: float) -> int:
+        """Forget caches that nobody has used for so long, unless one is in use; how many."""
+        if self.cache_turn.locked():
+            return 0
+        idle = [number for number, one in self.caches.items() if one.used < time.monotonic() - seconds]
+        for number in idle:
+            self.drop_cache(number)
+        return len(idle)
 
     def drop_all(self) -> None:
         """Forget everything held."""

@@ -224,9 +224,10 @@ class Conversation:
         if said.code == "draining":
             self._come_back(deadline)
             return True
-        if said.code != "busy" or time.monotonic() + _PAUSE_S >= deadline:
+        pause = _PAUSE_S if said.retry_after_s is None else said.retry_after_s
+        if said.code != "busy" or time.monotonic() + pause >= deadline:
             raise refused.as_error(said)
-        time.sleep(_PAUSE_S)
+        time.sleep(pause)
         return False
 
     def _come_back(self, deadline: float) -> None:

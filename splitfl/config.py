@@ -42,6 +42,7 @@ from splitfl.config_federation import WHOLE_PROTOCOLS, FederatedTuning
 from splitfl.config_owner import Keeping
 from splitfl.config_privacy import OFFLINE_PROTOCOL, ProtectionSettings
 from splitfl.config_recording import ServeRecording, TuneRecording
+from splitfl.config_sharing import Sharing
 from splitfl.errors import UsageError
 from splitfl.options import Panel, Settings, above, at_least, between, fields_of
 from splitfl.options.values import (
@@ -81,7 +82,7 @@ class KitSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(ServeRecording, Keeping):
+class ServeSettings(ServeRecording, Keeping, Sharing):
     """Host the trunk. Prints `ready ADDRESS FINGERPRINT` on stdout when parties can connect."""
 
     model: Annotated[str, "Model directory.", NOT_EMPTY]
@@ -363,11 +364,14 @@ class DemoSettings(Settings):
 class BenchSettings(OffsiteSettings):
     """Measure speed and size (split), what protection costs (utility), what offsite tuning is worth (offsite), the
     rules of combining adapters (rules), masked and encrypted sums (aggregation), rounds over sockets (rounds),
-    the three federated designs (frameworks), or attacks on cases whose outcome is known (audit)."""
+    the three federated designs (frameworks), attacks on cases whose outcome is known (audit), micro-batches that
+    overlap (pipeline), or slow links (link)."""
 
     name: Annotated[
         str,
-        typer.Argument(help="Which to run: split, utility, offsite, rules, aggregation, rounds, frameworks or audit."),
+        typer.Argument(
+            help="Which to run: split, utility, offsite, rules, aggregation, rounds, frameworks, audit, pipeline, link."
+        ),
     ]
     models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", NOT_EMPTY] = ("S", "M", "L")
     shapes: Annotated[tuple[str, ...], "ROWSxLENGTH of a batch. May be repeated.", SHAPE] = ("8x128", "4x512")

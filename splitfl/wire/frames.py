@@ -27,6 +27,7 @@ from splitfl.errors import InternalError, WireError, printable
 from splitfl.wire.codecs import Frame, dtype_name, frame_bytes, from_frame, nbytes, spec_of, to_frame
 from splitfl.wire.coding import WIDEST, Coded
 from splitfl.wire.messages import (
+    LONGEST_PAUSE_S,
     REFUSAL_CODES,
     WIRE_VERSION,
     AnyMessage,
@@ -288,6 +289,8 @@ def _check_fields(message: AnyMessage) -> None:
             _require(0 < message.lease_s < math.inf, "A welcome names no possible lease", "seconds, above 0")
         case Refused():
             _require(message.code in REFUSAL_CODES, "A refusal came with an unknown code", ", ".join(REFUSAL_CODES))
+            pause = message.retry_after_s or 0.0
+            _require(0 <= pause <= LONGEST_PAUSE_S, "A refusal names no possible pause", "seconds, at most a week")
 
 
 def _check_integers(name: str, values: tuple[int, ...]) -> None:

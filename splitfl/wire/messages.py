@@ -26,6 +26,9 @@ BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, 
 MAX_PIECE = 1 << 20
 """Most bytes of a file in one message."""
 
+LONGEST_PAUSE_S = 604_800.0
+"""A week: the longest time after which an owner may say that it is worth asking again."""
+
 REFUSAL_CODES: dict[str, str] = {
     "version": "the two sides speak different wire versions",
     "plan": "the kit was cut from another model, or at another cut, than the one served here",
@@ -39,7 +42,8 @@ REFUSAL_CODES: dict[str, str] = {
     "unknown_step": "this step is not held here (any more)",
     "unknown_cache": "this cache is not held here (any more)",
     "unknown_piece": "no emulator, or no such part of one, is handed out here",
-    "busy": "no room for another session or cache at present",
+    "busy": "no room for this at present, or a rate or an hour does not allow it; later it may be possible",
+    "quota": "more than this party may use of the owner; waiting does not help",
     "draining": "the owner is shutting down",
     "not_finite": "the request or its result holds NaN or infinity",
     "internal": "the owner met an error of its own",
@@ -180,7 +184,7 @@ class Piece(Message, frozen=True, kw_only=True, tag="piece"):
     """Bytes of the whole file."""
 
 
-class Refused(Message, frozen=True, kw_only=True, tag="refused"):
+class Refused(Message, frozen=True, kw_only=True, omit_defaults=True, tag="refused"):
     """No, with a code from `REFUSAL_CODES`, a sentence and what to do next."""
 
     code: str
@@ -188,6 +192,8 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     expected: str | None = None
     hint: str | None = None
     step: int | None = None
+    retry_after_s: float | None = None
+    """With ``busy``: seconds after which it is worth asking again."""
 
 
 class Closed(Message, frozen=True, kw_only=True, tag="closed"):

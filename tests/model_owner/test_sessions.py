@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -111,7 +113,7 @@ def test_a_silent_session_expires_unless_something_is_under_way(table, budget, m
     monkeypatch.setattr("model_owner.sessions.time.monotonic", lambda: now[0])
     silent, working = held_session(table, budget, number=1), held_session(table, budget, number=2)
     silent.last_heard = working.last_heard = now[0]
-    working.under_way.add(("forward", 1))
+    working.under_way["forward", 1] = time.monotonic()
     now[0] += 99.9
     assert table.expired() == []
     now[0] += 0.2
