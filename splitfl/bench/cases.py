@@ -44,6 +44,11 @@ class Case:
         return f"{self.work} {self.size.name} {shape} {self.dtype} {threads}"
 
     @property
+    def stem(self) -> str:
+        """The name as part of a file's."""
+        return self.name.replace(" ", "-")
+
+    @property
     def new_tokens(self) -> int:
         """Tokens that one generation writes for each row."""
         return self.length - PROMPT
@@ -117,6 +122,9 @@ class Reach:
 
 
 STEP, BYTES, PARTY_MEMORY, RATE = "step time", "bytes a step", "peak memory of the party", "generation rate"
+PIPELINED, OWN = "pipelined step time", "pipelined step, beside the slower side's own work"
+OPTIMUM, BESIDE_PLAIN, GRADFREE = "rate beside the optimum", "rate beside the plain step", "rate with kept replies"
+SLOW_LINK_MS = 80.0  # round trips for which a gain over the plain step is aimed at
 BUSY = "cores busy elsewhere"
 
 REACHES: dict[str, Reach] = {
@@ -124,6 +132,11 @@ REACHES: dict[str, Reach] = {
     BYTES: Reach(bound=1.01),
     PARTY_MEMORY: Reach(bound=0.45, sizes=("L",)),
     RATE: Reach(bound=0.85, at_least=True),
+    PIPELINED: Reach(bound=1.02, sizes=("M", "L")),  # two threads a side
+    OWN: Reach(bound=1.05, sizes=("M", "L")),  # one thread a side
+    OPTIMUM: Reach(bound=0.85, at_least=True),
+    BESIDE_PLAIN: Reach(bound=2.0, at_least=True),  # at the slowest round trip
+    GRADFREE: Reach(bound=0.95, at_least=True),
 }
 
 

@@ -15,25 +15,25 @@ from splitfl.metrics import Result
 class Figures:
     """Collects the results of one case; the monolith's figure is the reference."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, prefix: str = "", suffix: str = "") -> None:
+        self.case, self.name = case, f"{prefix or case.name}{suffix}"
         self.results: list[Result] = []
 
     def add(
         self, metric: str, value: float | str | None, unit: str, reference: float | None = None,
-        ratio: float | None = None,
+        ratio: float | None = None, reach: bool = True,
     ) -> None:  # fmt: skip
-        """One figure; `ratio` is worked out where it is not given."""
-        reach = reach_of(metric, self.case.size)
+        """One figure; `ratio` is worked out where it is not given; without `reach` nothing is aimed at."""
+        aimed = reach_of(metric, self.case.size) if reach else None
         self.results.append(
             Result(
-                case=self.case.name,
+                case=self.name,
                 metric=metric,
                 value=value,
                 unit=unit,
                 reference=reference,
                 ratio=ratio,
-                reach=reach,
+                reach=aimed,
             )
         )
 

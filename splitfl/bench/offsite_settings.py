@@ -7,6 +7,7 @@ from typing import Annotated
 
 from splitfl.bench.chaos_settings import ChaosSettings
 from splitfl.bench.frameworks_settings import FrameworksSettings
+from splitfl.bench.pipeline_settings import PipelineSettings
 from splitfl.bench.rules_settings import RulesSettings
 from splitfl.bench.utility_settings import UtilitySettings
 from splitfl.config_common import NOT_EMPTY, Device
@@ -15,19 +16,21 @@ from splitfl.options import Panel, at_least
 
 OFFSITE = Panel("splitfl bench offsite")
 _RUNS = ("split", "utility", "offsite", "rules")
-BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit", "chaos", "soak", "hostile")
-
+_STEPS = ("pipeline", "link")
+BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit", "chaos", "soak", "hostile", *_STEPS)
 _SHARED = {
-    "name": BENCHMARKS, "json": BENCHMARKS, "resume": (*_RUNS, "chaos"), "cache": ("split", "offsite"),
+    "name": BENCHMARKS, "json": BENCHMARKS, "resume": (*_RUNS, "chaos"), "cache": ("split", "offsite", *_STEPS),
     "tasks": ("utility", "offsite", "rules"), "seeds": ("utility", "offsite", "rules", "chaos", "soak"),
     "max_steps": ("utility", "offsite"), **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")),
-    "quick": tuple(name for name in BENCHMARKS[1:] if name != "soak"), "steps": ("split", "aggregation", "rounds"),
-    "minutes": ("soak",), "runs": ("chaos",),
+    "quick": tuple(name for name in BENCHMARKS[1:] if name != "soak"),
+    "steps": ("split", "aggregation", "rounds", *_STEPS),
+    "minutes": ("soak",), "runs": ("chaos",), **dict.fromkeys(("models", "shapes", "threads"), ("split", "pipeline")),
+    "dtype": ("split", *_STEPS), "micro_batches": _STEPS, **dict.fromkeys(("rtt", "mbit"), ("link",)),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsiteSettings(UtilitySettings, RulesSettings, FrameworksSettings, ChaosSettings):
+class OffsiteSettings(UtilitySettings, RulesSettings, FrameworksSettings, ChaosSettings, PipelineSettings):
     """Which models and emulators the five ways are compared with."""
 
     model: Annotated[tuple[str, ...], "embedded, a model directory, or NAME=DIRECTORY. May be repeated. Default: "
@@ -57,6 +60,7 @@ def benchmarks_of(option: str) -> tuple[str, ...]:
         return _SHARED[option]
     own = (
         (ChaosSettings, "hostile"),
+        (PipelineSettings, "link"),
         (UtilitySettings, "utility"),
         (RulesSettings, "rules"),
         (FrameworksSettings, "frameworks"),

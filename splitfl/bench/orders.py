@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from splitfl.wire.messages import CodingName
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """Base of every line."""
@@ -22,6 +24,8 @@ class Step(Line, frozen=True, kw_only=True, tag="step"):
 
     rows: int
     length: int
+    parts: int = 1
+    """Micro-batches that overlap; the party's side alone knows how."""
 
 
 class Generate(Line, frozen=True, kw_only=True, tag="generate"):
@@ -58,6 +62,8 @@ class Stepped(Line, frozen=True, kw_only=True):
     loss: float
     sent: int = 0
     received: int = 0
+    cpu: float = 0.0
+    """Processor seconds of the whole process, encryption included."""
 
 
 class Generated(Line, frozen=True, kw_only=True):
@@ -98,3 +104,5 @@ class PartyStart(Line, frozen=True, kw_only=True):
     key: str
     dtype: str
     threads: int
+    coding: CodingName = "raw"
+    """Of what the party sends, hidden states and gradients."""

@@ -43,14 +43,21 @@ class Side:
         ids = token_ids(order.rows, order.length)
         self.model.train()
         sent, received = self.moved()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()
+        loss = self.loss_with_gradient(ids, order.parts)
         self.optimizer.step()
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, time.process_time() - used
         now_sent, now_received = self.moved()
-        return Stepped(seconds=seconds, loss=loss.item(), sent=now_sent - sent, received=now_received - received)
+        return Stepped(
+            seconds=seconds, loss=loss.item(), sent=now_sent - sent, received=now_received - received, cpu=used
+        )
+
+    def loss_with_gradient(self, ids: torch.Tensor, parts: int) -> torch.Tensor:
+        """Forward and backward of a batch [B, T]; `parts` is for a side that knows of micro-batches."""
+        loss: torch.Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        return loss.detach()
 
     def generate(self, order: Generate) -> Generated:
         """Greedy generation with a KV cache, timed as a whole."""

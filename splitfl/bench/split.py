@@ -26,6 +26,7 @@ from splitfl.bench.sizes import BOTTOM, TOP, Size
 from splitfl.errors import InternalError
 from splitfl.metrics import Result
 from splitfl.wire.keys import AllowList, new_keys
+from splitfl.wire.messages import CodingName
 
 T = TypeVar("T")
 
@@ -79,24 +80,40 @@ def prepare_keys(folder: Path) -> None:
 
 
 @contextmanager
-def open_sides(case: Case, files: Files, keys: Path, logs: Path) -> Iterator[Sides]:
-    """Start the three processes, with the model loaded in each; end them afterwards."""
-    stem = case.name.replace(" ", "-")
+def open_owner(case: Case, files: Files, keys: Path, logs: Path) -> Iterator[Owner]:
+    """Start the owner of a case."""
     serve = ["--model", str(files.model), "--kit", str(files.kit), "--bind", "tcp://127.0.0.1:0"]
     serve += ["--key", str(keys / "owner.key_secret"), "--parties", str(keys / "parties"), "--dtype", case.dtype]
+    with Owner(serve, threads=case.threads, log=logs / f"{case.stem}-owner.log") as owner:
+        yield owner
+
+
+@contextmanager
+def open_party(
+    case: Case, files: Files, keys: Path, logs: Path, address: str, coding: CodingName = "raw"
+) -> Iterator[Child]:
+    """Start a party of a case, which reaches its owner at `address`."""
+    start = PartyStart(
+        kit=str(files.kit),
+        owner=address,
+        owner_key=str(keys / "owner.key"),
+        key=str(keys / "party.key_secret"),
+        dtype=case.dtype,
+        threads=case.threads,
+        coding=coding,
+    )
+    with _side("party", start, case.threads, logs / f"{case.stem}-party.log") as party:
+        yield party
+
+
+@contextmanager
+def open_sides(case: Case, files: Files, keys: Path, logs: Path) -> Iterator[Sides]:
+    """Start the three processes, with the model loaded in each; end them afterwards."""
     with ExitStack() as stack:
-        owner = stack.enter_context(Owner(serve, threads=case.threads, log=logs / f"{stem}-owner.log"))
+        owner = stack.enter_context(open_owner(case, files, keys, logs))
         whole = MonolithStart(checkpoint=str(files.model), kit=str(files.kit), dtype=case.dtype, threads=case.threads)
-        monolith = stack.enter_context(_side("monolith", whole, case.threads, logs / f"{stem}-monolith.log"))
-        start = PartyStart(
-            kit=str(files.kit),
-            owner=owner.address(),
-            owner_key=str(keys / "owner.key"),
-            key=str(keys / "party.key_secret"),
-            dtype=case.dtype,
-            threads=case.threads,
-        )
-        party = stack.enter_context(_side("party", start, case.threads, logs / f"{stem}-party.log"))
+        monolith = stack.enter_context(_side("monolith", whole, case.threads, logs / f"{case.stem}-monolith.log"))
+        party = stack.enter_context(open_party(case, files, keys, logs, owner.address()))
         ours, theirs = party.ready(Ready).trainable, monolith.ready(Ready).trainable
         if ours != theirs:
             raise InternalError(f"The party trains {ours} parameters, the monolith {theirs}: not the same work.")
