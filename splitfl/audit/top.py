@@ -141,25 +141,27 @@ def solve(
     size = right.norm()
     if not size > 0:
         return [torch.zeros_like(right) for _ in steps]
-    basis, most, found = [right / size], steps[-1], []
+    most, found = steps[-1], []
+    basis = right.new_empty(most + 1, len(right))  # stacking anew in each step would cost more than all else
+    basis[0] = right / size
     reduced = torch.zeros(most + 1, most, dtype=torch.float64)
     wanted = torch.zeros(most + 1, 1, dtype=torch.float64)
     wanted[0] = size
     for step in range(most):
         fresh = apply(basis[step])
         for _ in range(2):  # a second time, against rounding
-            overlaps = torch.stack(basis) @ fresh
-            fresh = fresh - overlaps @ torch.stack(basis)
+            overlaps = basis[: step + 1] @ fresh
+            fresh = fresh - overlaps @ basis[: step + 1]
             reduced[: step + 1, step] += overlaps.double()
         reduced[step + 1, step] = fresh.norm()
         part = reduced[: step + 2, : step + 1]
         weights = torch.linalg.lstsq(part, wanted[: step + 2]).solution
         done = (part @ weights - wanted[: step + 2]).norm() <= tolerance * size
         if done or step + 1 in steps:
-            found.append(weights[:, 0].to(right.dtype) @ torch.stack(basis))
+            found.append(weights[:, 0].to(right.dtype) @ basis[: step + 1])
         if done or reduced[step + 1, step] <= 1e-12 * size:
             break
-        basis.append(fresh / fresh.norm())
+        basis[step + 1] = fresh / fresh.norm()
     return [*found, *found[-1:] * (len(steps) - len(found))]
 
 
