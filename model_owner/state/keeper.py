@@ -4,8 +4,9 @@ What is acknowledged:
 
 - Sessions, usage and parties are on the disk at most `FLUSH_S` (and one write) after they happened. A kill loses no
   more than that, and never half of a batch.
-- Tokens charged are on the disk once `secured` has returned. A write begins at once if somebody waits for it, and takes
-  with it all that came meanwhile, so its time is shared by all who wait, and passes while the trunk computes.
+- Tokens charged are on the disk once `secured` has returned. Mostly they are there before: a party's durable figure
+  runs ahead by a reserve (`spending`). Where they are not, a write begins at once, and takes with it all that came
+  meanwhile.
 
 Held back: where nothing can be written, sums go on growing in memory (by party and day, not by request), and every
 answer to a party with a budget is refused until it can.
@@ -29,6 +30,7 @@ from model_owner.refusals import Refusal
 from model_owner.state.database import Database
 from model_owner.state.pending import Pending, Running
 from model_owner.state.schema import CHARGES
+from model_owner.state.spending import Spent
 from model_owner.state.writing import begin_run, write
 from splitfl.errors import ResourceError, SplitflError
 
@@ -63,11 +65,10 @@ class Keeper:
         self._pending, self._running = Pending(), dict[str, Running]()
         self._written, self._number = 0, 0
         self._urgent, self._closing, self._idle = False, False, False
-        self._waiting: list[tuple[int, Future[None]]] = []
-        self._latest: dict[str, int] = {}
+        self._waiting: list[tuple[str, int, Future[None]]] = []
         with database.explained(), database.engine.begin() as db:
             begin_run(db, server, self._run)
-            self._spent = {row.party: row.tokens for row in db.execute(select(CHARGES))}
+            self._spent = {row.party: Spent(elsewhere=row.tokens) for row in db.execute(select(CHARGES))}
         self._thread = threading.Thread(target=self._work, name="state-writer", daemon=True)
         self._thread.start()
 
@@ -78,6 +79,9 @@ class Keeper:
             ResourceError: it could not be written.
         """
         with self._news:
+            for party, spent in self._spent.items():
+                if rest := spent.rest():
+                    self._pending.charge(party, rest)
             self._closing = True
             self._news.notify_all()
         self._thread.join()
@@ -123,22 +127,22 @@ class Keeper:
     # ---- budgets
 
     def spent_tokens(self, party: str) -> int:
-        """Tokens charged so far. Those of other owners on the same database are known from the last charge on."""
+        """Tokens charged so far. What other owners charged (their reserves with it) is known from the last write on."""
         with self._news:
-            return self._spent.get(party, 0)
+            return self._spent[party].total if party in self._spent else 0
 
     def spent_of_all(self) -> dict[str, int]:
         """The same for every party that was ever charged."""
         with self._news:
-            return dict(self._spent)
+            return {party: spent.total for party, spent in self._spent.items()}
 
     def charge(self, party: str, tokens: int) -> None:
         """Charge tokens; returns at once."""
         with self._news:
-            self._spent[party] = self._spent.get(party, 0) + tokens
-            self._pending.charge(party, tokens)
-            self._latest[party] = self._number + 1  # the batch that it goes into
-            self._wake()
+            more = self._spent.setdefault(party, Spent()).charge(tokens)
+            if more:
+                self._pending.charge(party, more)
+                self._wake()
 
     async def secured(self, party: str) -> None:
         """Return once all that was charged to `party` is on the disk.
@@ -147,13 +151,16 @@ class Keeper:
             Refusal: it is not, after `SECURE_S` seconds (code ``busy``).
         """
         with self._news:
-            batch = self._latest.get(party, 0)
-            if batch <= self._written:
+            spent = self._spent.get(party)
+            if spent is None:
+                return
+            if party in self._pending.charges:  # at once, so that the next ones need not wait
+                self._urgent = True
+                self._news.notify_all()
+            if spent.here <= spent.written:
                 return
             done: Future[None] = Future()
-            self._waiting.append((batch, done))
-            self._urgent = True
-            self._news.notify_all()
+            self._waiting.append((party, spent.here, done))
         try:
             await asyncio.wait_for(asyncio.wrap_future(done), SECURE_S)
         except TimeoutError:
@@ -242,16 +249,12 @@ class Keeper:
             log.info("the state is written again")
         with self._news:
             self.failure, self._written = None, number
-            self._note_totals(totals)
-            ready = [done for wanted, done in self._waiting if wanted <= number]
-            self._waiting = [(wanted, done) for wanted, done in self._waiting if wanted > number]
+            for party, total in totals.items():  # others may have charged it too
+                self._spent.setdefault(party, Spent()).confirm(batch.charges.get(party, 0), total)
+            ready = [one for one in self._waiting if one[1] <= self._spent[one[0]].written]
+            self._waiting = [one for one in self._waiting if one not in ready]
             self._news.notify_all()
-        for done in ready:
+        for _, _, done in ready:
             with contextlib.suppress(Exception):  # nobody waits for it any more
                 done.set_result(None)
         return True
-
-    def _note_totals(self, totals: dict[str, int]) -> None:
-        """Other owners may have charged the same party."""
-        for party, tokens in totals.items():
-            self._spent[party] = tokens + self._pending.charges.get(party, 0)

@@ -30,7 +30,7 @@ def write(db: Connection, batch: Pending, number: int, server: str, run: str) ->
     """Write a batch, unless it is there already: the answer to a commit may have been lost.
 
     Returns:
-        What each party that was charged has spent in all, by all owners.
+        What parties have spent in all: those that were charged, and where other owners write as well, all.
 
     Raises:
         ResourceError: another process writes for this server by now.
@@ -44,9 +44,10 @@ def write(db: Connection, batch: Pending, number: int, server: str, run: str) ->
         raise ResourceError(
             f"Another owner writes as {server!r} to the same state.", hint="end one of them, or use --server-name"
         )
-    parties = list(batch.charges)
-    rows = db.execute(select(CHARGES).where(CHARGES.c.party.in_(parties))) if parties else ()
-    return {row.party: row.tokens for row in rows}
+    question = select(CHARGES)
+    if db.dialect.name == "sqlite":
+        question = question.where(CHARGES.c.party.in_(list(batch.charges)))
+    return {row.party: row.tokens for row in db.execute(question)}
 
 
 def _write_sessions(db: Connection, batch: Pending) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy import func, select, text
 from model_owner.observer import Served, SessionFacts
 from model_owner.state import Database, Keeper, keeper
 from model_owner.state.schema import CHARGES, SESSIONS, USAGE
+from model_owner.state.spending import RESERVE_SHARE
 
 PARTIES = ("hospital", "clinic", "lab")
 TOKENS = 7
@@ -63,7 +64,7 @@ def serve(place: str, turn: int, out: int, seed: int) -> None:
 
 @dataclass
 class Said:
-    """What all rounds so far have said."""
+    """What the rounds have said: of `begun` and `charged` the last one alone, of the rest all."""
 
     begun: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTIES, 0))
     charged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTIES, 0))
@@ -71,9 +72,14 @@ class Said:
     finished: set[str] = field(default_factory=set)
     """Sessions whose end was acknowledged."""
     acknowledged: int = 0
+    tokens: int = 0
+    reserved: int = 0
+    """Counted and never spent, since a kill came between."""
+    before: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTIES, 0))
+    """Charges in the state when the last round began."""
 
     def read(self, lines: list[str]) -> None:
-        ended = None
+        self.begun, self.charged, ended = dict.fromkeys(PARTIES, 0), dict.fromkeys(PARTIES, 0), None
         names: list[str] = []
         for line in lines:
             word, _, rest = line.partition(" ")
@@ -84,6 +90,7 @@ class Said:
                     self.begun[rest] += TOKENS
                 case "charged":
                     self.charged[rest] += TOKENS
+                    self.tokens += TOKENS
                     self.acknowledged += 1
                 case "ended":
                     ended = rest
@@ -113,11 +120,15 @@ def compare(place: str, said: Said) -> None:
     assert said.finished <= set(rows) <= said.names, "a session is missing, or was never begun"
     assert all(rows[name]["why"] == "closed" for name in said.finished), "an end is missing"
     for party in PARTIES:
-        assert said.charged[party] <= charges[party] <= said.begun[party], f"charges of {party}"
+        more = charges[party] - said.before[party]
+        reserve = charges[party] // RESERVE_SHARE
+        assert said.charged[party] <= more <= said.begun[party] + reserve, f"charges of {party}"
+        said.reserved += max(more - said.begun[party], 0)
         own = [row for row in rows.values() if row["party"] == party]
         sums = sum(row["tokens_forward"] for row in own), sum(row["requests"] for row in own), len(own)
         assert usage.get(party, (0, 0, 0)) == sums, f"sums of {party} are not those of its sessions"
         assert charges[party] - sums[0] >= 0, f"{party} was served more than it was charged"
+    said.before = charges
 
 
 def rounds(place: str, count: int, seed: int) -> dict[str, int]:
@@ -143,8 +154,8 @@ def rounds(place: str, count: int, seed: int) -> dict[str, int]:
         compare(place, said)
     return {
         "rounds": count, "killed while it opened": early, "acknowledged": said.acknowledged,
-        "sessions": len(said.names), "tokens charged": sum(said.charged.values()),
-        "begun and not acknowledged": sum(said.begun.values()) - sum(said.charged.values()),
+        "sessions": len(said.names), "tokens acknowledged": said.tokens,
+        "tokens counted in all": sum(said.before.values()), "of them reserves that a kill left": said.reserved,
     }  # fmt: skip
 
 

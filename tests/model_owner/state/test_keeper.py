@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from model_owner.refusals import Refusal
 from model_owner.state import Database, Keeper, keeper
 from model_owner.state.pending import Pending, day_of
 from model_owner.state.reading import parties, usage
-from model_owner.state.schema import META, METADATA, SCHEMA, SESSIONS, migrate
+from model_owner.state.schema import CHARGES, META, METADATA, SCHEMA, SESSIONS, migrate
+from model_owner.state.spending import MOST_RESERVE, RESERVE_SHARE, Spent
 from model_owner.state.writing import begin_run, write
 from splitfl.errors import DataError, ResourceError, UsageError
 
@@ -135,7 +137,7 @@ def test_many_who_wait_share_few_writes(tmp_path):
         await asyncio.gather(*(answer(f"p{n}") for n in range(16)))
 
     asyncio.run(ask())
-    assert one._number < 16 * 20 / 4
+    assert one._number < 16 * 20 / 4, "each waited for a write of its own"
     assert [one.spent_tokens(f"p{n}") for n in range(16)] == [20] * 16
     one.close()
 
@@ -194,6 +196,47 @@ def test_where_nothing_can_be_written_answers_with_a_budget_wait_and_then_are_re
     assert "hospital" not in caplog.text
 
 
+def charges_in(place):
+    with Database(place, write=False) as database, database.engine.begin() as db:
+        return {row.party: row.tokens for row in db.execute(select(CHARGES))}
+
+
+def test_few_answers_wait_once_a_party_has_spent_some(tmp_path):
+    """The durable figure runs ahead by a bounded reserve; at the end it is given back, after a kill it is not."""
+    one = kept(str(tmp_path / "s"))
+    one.charge("hospital", 64_000)
+    asyncio.run(one.secured("hospital"))
+    writes = one._number
+    for number in range(800):
+        one.charge("hospital", 1)
+        asyncio.run(one.secured("hospital"))
+        if number % 80 == 0:
+            ahead = charges_in(tmp_path / "s")["hospital"] - one.spent_tokens("hospital")
+            assert 0 <= ahead <= 64_800 // RESERVE_SHARE
+    assert one._number - writes <= 4
+    killed = charges_in(tmp_path / "s")["hospital"]
+    assert 64_800 <= killed <= 64_800 + 64_800 // RESERVE_SHARE
+    one.close()
+    assert charges_in(tmp_path / "s") == {"hospital": 64_800}
+
+
+def test_what_was_spent_stays_within_what_is_written():
+    chance, spent, told, durable = random.Random(3), Spent(), [], 0
+    for _ in range(5000):
+        more = spent.charge(chance.choice([0, 1, 7, 2048]))
+        assert spent.here <= spent.asked
+        assert spent.asked - spent.here <= min(spent.total // RESERVE_SHARE, MOST_RESERVE)
+        if more:
+            told.append(more)
+        if told and chance.random() < 0.3:
+            durable += told[0]
+            spent.confirm(told.pop(0), durable)
+            assert spent.elsewhere == 0
+        assert spent.written == durable
+    durable += sum(told) + spent.rest()
+    assert durable == spent.here == spent.total
+
+
 async def _until(condition):
     while not condition():
         await asyncio.sleep(0.02)
@@ -249,18 +292,24 @@ def test_several_owners_add_to_the_same_parties(server, tmp_path):
         thread.start()
     for thread in threads:
         thread.join(60)
-    for owner in owners:  # each hears of what the other charged with its own next charge
-        owner.charge("hospital", 0)
-        owner.flush()
-        assert owner.spent_tokens("hospital") == 300
     with pytest.raises(ResourceError, match="another owner called 'east'"):
         Database(server, server="east")
-    for owner in owners:
-        owner.close()
+    east, west = owners
+    for owner in owners:  # each hears of what the other charged, and holds in reserve, with its own next write
+        owner.session_opened(facts(f"last {owner.server}"))
+        owner.flush()
+        assert 300 <= owner.spent_tokens("hospital") <= 300 + 300 // RESERVE_SHARE
+    west.close()  # and gives its reserve back
+    east.session_ended(facts("last east"), "closed", 1.0)
+    east.flush()
+    assert (east.spent_tokens("hospital"), east.spent_tokens("clinic")) == (300, 100)
+    east.close()
     with Database(server, write=False) as database:
         (used,) = usage(database)
         assert used.sums["requests"] == 100
-        assert used.sums["sessions"] == 2
+        assert used.sums["sessions"] == 4
+        with database.engine.begin() as db:
+            assert {row.party: row.tokens for row in db.execute(select(CHARGES))} == {"hospital": 300, "clinic": 100}
 
 
 # ---- the file
