@@ -134,13 +134,16 @@ class Observers:
 class Account(Protocol):
     """Tokens that each party has used up in all, over all runs of the owner: what a query budget is compared with.
 
-    `charge` when a request is admitted, before it is computed; then, before its answer leaves, `await secured(party)`.
-    Writing and computing so go on at the same time, and no answer leaves whose tokens a crash could forget. Only a
-    party that has a budget needs the second step: without one, charges are durable within `FLUSH_S` of the state.
+    `charge` every request; then, before the answer leaves, `await secured(party)`: no answer leaves whose tokens a
+    crash could forget. Only a party that has a budget needs the second step. Without one its charges are on the disk
+    soon after, and count if it is given a budget later.
     """
 
     def spent_tokens(self, party: str) -> int:
         """Tokens charged to the party of this name so far, those not yet durable included."""
+
+    def spent_of_all(self) -> dict[str, int]:
+        """The same of every party that was ever charged; may be asked from any thread."""
 
     def charge(self, party: str, tokens: int) -> None:
         """Charge tokens; counts at once, returns at once."""
@@ -162,6 +165,10 @@ class PassingAccount:
     def spent_tokens(self, party: str) -> int:
         """Tokens charged since the start."""
         return self._spent.get(party, 0)
+
+    def spent_of_all(self) -> dict[str, int]:
+        """The same of every party."""
+        return dict(self._spent)
 
     def charge(self, party: str, tokens: int) -> None:
         """Charge tokens."""

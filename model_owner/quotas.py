@@ -183,9 +183,10 @@ class Quotas:
             Refusal: the charge could not be written down in time; the answer must not leave.
         """
         self._end(charge)
-        if charge.tokens and self.of(charge.party).total_tokens is not None:
-            self.account.charge(charge.party, charge.tokens)
-            await self.account.secured(charge.party)
+        if charge.tokens:
+            self.account.charge(charge.party, charge.tokens)  # counts if the party is given a budget later
+            if self.of(charge.party).total_tokens is not None:
+                await self.account.secured(charge.party)
 
     def cancel(self, charge: Charge) -> None:
         """Give back what a request reserved that gets no answer; nothing if it was settled."""

@@ -20,7 +20,9 @@ from splitfl.options.values import parse_size
 
 log = logging.getLogger("splitfl.owner")
 
-CHANGEABLE = frozenset({"max_tokens", "max_sessions", "lease", "memory", "memory_budget", "log_level"})
+CHANGEABLE = frozenset(
+    {"max_tokens", "max_sessions", "lease", "cache_lease", "deadline", "memory", "memory_budget", "log_level"}
+)
 """Settings of `splitfl serve` that may change; sessions that are open keep what they were told in their welcome."""
 
 

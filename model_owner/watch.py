@@ -35,7 +35,7 @@ class Watch:
     def attach(self, server: Server) -> None:
         """Show the figures of `server` from now on."""
         if self.metrics is not None:
-            self.metrics.look = lambda: _look(server, self.keeper)
+            self.metrics.look = lambda: _look(server, self.account, self.keeper)
 
     def announce(self) -> None:
         """What is kept and shown, for the person who started it."""
@@ -89,9 +89,11 @@ def _keeper(place: str, server_name: str) -> Keeper:
         raise
 
 
-def _look(server: Server, keeper: Keeper | None) -> Look:
+def _look(server: Server, account: Account, keeper: Keeper | None) -> Look:
     from model_owner.metrics import Look
 
+    spent = account.spent_of_all()
+    budgets = {party: server.quotas.of(party).total_tokens for party in spent}
     budget = server.answerer.budget
     return Look(
         draining=server.draining,
@@ -101,5 +103,6 @@ def _look(server: Server, keeper: Keeper | None) -> Look:
         memory_used=budget.used,
         memory_limit=budget.limit,
         state_failing=keeper is not None and keeper.failure is not None,
-        spent={} if keeper is None else keeper.spent_of_all(),
+        spent=spent,
+        budgets={party: total for party, total in budgets.items() if total is not None},
     )
