@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import Cache
@@ -87,8 +87,30 @@ class Answerer:
         Raises:
             Refusal: values that are not finite or out of range, no room, or a cache that does not fit.
         """
+        request = self.request_of(message, tensors)
+        with _refusing_what_does_not_fit():
+            if message.keep:
+                return self._forward_kept(held, message, request)
+            return self.outcome(held, message, self.trunk.forward(request, cache))
+
+    def backward(self, held: HeldSession, message: Backward, kept: Kept, gradient: torch.Tensor) -> Outcome:
+        """Carry a gradient through a kept step. Called on a worker. Whatever it raises, the graph may be used up.
+
+        Raises:
+            Refusal: not finite, or no room.
+        """
+        check_finite(gradient, "gradient")
+        with _refusing_what_does_not_fit():
+            return self.outcome(held, message, self.trunk.backward(kept, gradient))
+
+    def request_of(self, message: Forward, tensors: dict[TensorName, torch.Tensor]) -> TrunkRequest:
+        """What is asked of the trunk. Called on a worker.
+
+        Raises:
+            Refusal: values that are not finite or out of range.
+        """
         self._check_values(message, tensors)
-        request = TrunkRequest(
+        return TrunkRequest(
             hidden=tensors["hidden"],
             mask=tensors.get("mask"),
             positions=tensors.get("positions"),
@@ -97,24 +119,34 @@ class Answerer:
             past=message.past,
             rows=message.rows,
         )
-        with _refusing_what_does_not_fit():
-            if message.keep:
-                return self._forward_kept(held, message, request)
-            output = self.trunk.forward(request, cache)
-            done = ForwardDone(session=held.key[1], step=message.step)
-            return Outcome(frames=self._reply(held, done, "hidden", output))
 
-    def backward(self, held: HeldSession, message: Backward, kept: Kept, gradient: torch.Tensor) -> Outcome:
-        """Carry a gradient through a kept step. Called on a worker. Whatever it raises, the graph may be used up.
+    def outcome(self, held: HeldSession, message: Forward | Backward, result: torch.Tensor) -> Outcome:
+        """The answer that carries the trunk's output, or the gradient at its input.
 
         Raises:
-            Refusal: not finite, or no room.
+            Refusal: it is not finite.
         """
-        _check_finite(gradient, "gradient")
-        with _refusing_what_does_not_fit():
-            result = self.trunk.backward(kept, gradient)
-            done = BackwardDone(session=held.key[1], step=message.step)
-            return Outcome(frames=self._reply(held, done, "gradient", result))
+        if isinstance(message, Forward):
+            done = ForwardDone(session=held.key[1], step=message.step)
+            return Outcome(frames=self._reply(held, done, "hidden", result))
+        back = BackwardDone(session=held.key[1], step=message.step)
+        return Outcome(frames=self._reply(held, back, "gradient", result))
+
+    def outcome_kept(self, held: HeldSession, message: Forward, request: TrunkRequest, output: torch.Tensor) -> Outcome:
+        """The same for a step that is kept as its input alone.
+
+        Raises:
+            Refusal: not finite, or no room for the input.
+        """
+        size = decoded(request.hidden).nbytes
+        if not held.budget.take(size):
+            raise _no_room("the step's input")
+        try:
+            found = self.outcome(held, message, output)
+        except BaseException:
+            held.budget.give_back(size)
+            raise
+        return replace(found, kept=Kept(request=request, entry=None, output=None), reserved=size)
 
     def _forward_kept(self, held: HeldSession, message: Forward, request: TrunkRequest) -> Outcome:
         hidden = decoded(request.hidden)
@@ -133,7 +165,7 @@ class Answerer:
         raise _no_room("the step's input")
 
     def _check_values(self, message: Forward, tensors: dict[TensorName, torch.Tensor]) -> None:
-        _check_finite(tensors["hidden"], "hidden state")
+        check_finite(tensors["hidden"], "hidden state")
         mask, positions = tensors.get("mask"), tensors.get("positions")
         if mask is not None:
             total = message.past + tensors["hidden"].shape[1]
@@ -150,7 +182,7 @@ class Answerer:
         self, held: HeldSession, message: ForwardDone | BackwardDone, name: TensorName, result: torch.Tensor
     ) -> list[Frame]:
         sent = result.to(TORCH_DTYPES[held.limits.wire_dtype])  # before the check: a narrow dtype makes infinities
-        _check_finite(sent, "trunk's result")
+        check_finite(sent, "trunk's result")
         return encode(message, {name: sent}, held.limits.wire_dtype)
 
 
@@ -171,7 +203,12 @@ def _check_fit(entry: HeldCache, message: Forward, rows: int) -> None:
         )
 
 
-def _check_finite(tensor: torch.Tensor, what: str) -> None:
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        Refusal: there are some.
+    """
     # A sum is quick, and finite only if all its terms are. It may overflow though they are, hence the second look.
     if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise Refusal(

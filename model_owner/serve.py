@@ -14,6 +14,7 @@ import torch
 
 from model_owner.admission import Admission, Everyone, ServerLimits
 from model_owner.answer import Answerer
+from model_owner.batching import Batcher
 from model_owner.handout import Handout, handing_out
 from model_owner.logs import logging_to
 from model_owner.memory import MemoryBudget, measure
@@ -136,7 +137,9 @@ async def _serve(
     )
     await socket.start()
     scheduler = Scheduler(settings.workers, settings.threads, watch.observer)
-    server = Server(socket, plan, answerer, scheduler, admission, limits, handout, watch.observer, quotas)
+    batcher = Batcher(answerer, settings.batching, watch.observer)
+    server = Server(socket, plan, answerer, scheduler, admission, limits, handout, watch.observer, quotas,
+                    batcher)  # fmt: skip
     watch.attach(server)
     try:
         running = asyncio.ensure_future(server.run())

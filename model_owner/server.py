@@ -19,6 +19,7 @@ import splitfl
 from model_owner import refusals
 from model_owner.admission import Admission, ServerLimits, check_offer, make_room, new_session
 from model_owner.answer import Answerer
+from model_owner.batching import Batcher
 from model_owner.handout import Handout
 from model_owner.memory import GREED
 from model_owner.observer import Ended, NoObserver, Observer
@@ -75,12 +76,12 @@ class Server:
     def __init__(
         self, socket: OwnerSocket, plan: Plan, answerer: Answerer, scheduler: Scheduler, admission: Admission,
         limits: ServerLimits, handout: Handout | None = None, observer: Observer | None = None,
-        quotas: Quotas | None = None,
+        quotas: Quotas | None = None, batcher: Batcher | None = None,
     ) -> None:  # fmt: skip
         self.socket, self.plan, self.answerer, self.scheduler = socket, plan, answerer, scheduler
         self.admission, self.limits, self.handout = admission, limits, handout
         self.observer: Observer = observer or NoObserver()
-        self.quotas = quotas or Quotas()
+        self.quotas, self.batcher = quotas or Quotas(), batcher
         self.table = SessionTable(limits.lease_s)
         self.counters = Counters()
         self.draining = False
@@ -279,6 +280,7 @@ class Server:
             quotas=self.quotas,
             is_open=self._is_open,
             deadline_s=self.limits.deadline_s,
+            batcher=self.batcher,
         )
 
     async def _fetch(self, held: HeldSession, message: Fetch) -> list[Frame]:

@@ -11,15 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import Cache
 
 from model_owner import refusals
-from model_owner.answer import Answerer, Outcome
+from model_owner.answer import Answerer, Outcome, check_finite
+from model_owner.batching import Batcher, Kind, Pending
 from model_owner.quotas import Quotas
 from model_owner.refusals import Refusal
 from model_owner.scheduler import Joint, Lane, Scheduler
 from model_owner.sessions import HeldSession
 from model_owner.trunk import Kept
+from splitfl.link import TrunkRequest
 from splitfl.wire import frames as wire
 from splitfl.wire.codecs import Frame
 from splitfl.wire.messages import Backward, Forward, kind
@@ -37,6 +40,7 @@ class Service:
         quotas: say how much a party weighs.
         is_open: whether a session is still one.
         deadline_s: how long a party waits without asking again.
+        batcher: shares passes between sessions; None never does.
     """
 
     answerer: Answerer
@@ -44,6 +48,7 @@ class Service:
     quotas: Quotas
     is_open: Callable[[HeldSession], bool]
     deadline_s: float
+    batcher: Batcher | None = None
 
     async def forward(self, held: HeldSession, message: Forward, frames: Sequence[Frame]) -> Outcome:
         """The answer to a forward; a step that was to be kept is in the session afterwards.
@@ -53,7 +58,9 @@ class Service:
         """
         if message.cache is None:
             work = functools.partial(self._forward_on_worker, held, message, frames)
-            outcome = await self._schedule(held, message, Lane.TRAINING, work)
+            shares = held.recompute or not message.keep  # a graph that is kept is one session's alone
+            joint = self._joint("forward" if shares else None, held, message, frames, work)
+            outcome = await self._schedule(held, message, Lane.TRAINING, work, joint=joint)
         else:
             outcome = await self._forward_cached(held, message, frames)
         if outcome.kept is not None:
@@ -79,7 +86,8 @@ class Service:
         kept, _ = held.kept[message.step]
         work = functools.partial(self._backward_on_worker, held, message, frames, kept)
         try:
-            outcome = await self._schedule(held, message, Lane.TRAINING, work, weighs=2)
+            joint = self._joint("backward" if kept.output is None else None, held, message, frames, work, kept=kept)
+            outcome = await self._schedule(held, message, Lane.TRAINING, work, weighs=2, joint=joint)
         except BaseException:
             held.spend_step(message.step)
             raise
@@ -95,7 +103,9 @@ class Service:
             decoding = message.past > 0 and positions_of(message) <= _FEW * message.tensors[0].shape[0]
             try:
                 work = functools.partial(self._forward_on_worker, held, message, frames, cache)
-                return await self._schedule(held, message, Lane.DECODE if decoding else Lane.PREFILL, work)
+                joint = self._joint("decode" if decoding else None, held, message, frames, work, cache=cache)
+                lane = Lane.DECODE if decoding else Lane.PREFILL
+                return await self._schedule(held, message, lane, work, joint=joint)
             except BaseException:
                 held.drop_cache(message.cache)  # it may be half written
                 raise
@@ -115,6 +125,39 @@ class Service:
             wanted=functools.partial(self._is_wanted, held, (kind(message), message.step)),
             joint=joint,
         )
+
+    def _joint(
+        self, sort: Kind | None, held: HeldSession, message: Forward | Backward, frames: Sequence[Frame],
+        work: Callable[[], Outcome], *, cache: Cache | None = None, kept: Kept | None = None,
+    ) -> Joint | None:  # fmt: skip
+        """How it may share a pass with other sessions; None if it may not."""
+        if self.batcher is None or sort is None:
+            return None
+        rows, length, _ = next(spec.shape for spec in message.tensors if spec.name in ("hidden", "gradient"))
+        return self.batcher.joint(
+            Pending(
+                kind=sort,
+                held=held,
+                message=message,
+                rows=rows,
+                length=length,
+                past=message.past if isinstance(message, Forward) else 0,
+                prepare=functools.partial(self._prepare, message, frames, kept),
+                alone=work,
+                cache=cache,
+                kept=kept,
+            )
+        )
+
+    def _prepare(
+        self, message: Forward | Backward, frames: Sequence[Frame], kept: Kept | None
+    ) -> tuple[TrunkRequest, torch.Tensor | None]:
+        tensors = wire.tensors_of(message, frames)
+        if isinstance(message, Forward):
+            return self.answerer.request_of(message, tensors), None
+        assert kept is not None  # noqa: S101
+        check_finite(tensors["gradient"], "gradient")
+        return kept.request, tensors["gradient"]
 
     def _is_wanted(self, held: HeldSession, request: tuple[str, int]) -> bool:
         """Whether anybody still waits for an answer. Asked by workers."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from splitfl.cut import Plan, Void, cache_among, count_positions, entrance, module_at
 from splitfl.errors import WireError
@@ -66,15 +67,28 @@ class Trunk:
         layers = module_at(base, plan.stack)
         self.device = next(layers[first].parameters()).device
         self.dtype = _main_dtype(layers[first])
-        self._accepts = set(inspect.signature(self._entrance.forward).parameters)
+        self.accepts = set(inspect.signature(self._entrance.forward).parameters)
         self._embedding_width = _embedding_width(base, plan)
         self._at_door = threading.local()
         layers[first].register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[last].register_forward_hook(self._leave, with_kwargs=True)
 
+    @staticmethod
+    def rewind(cache: Cache, request: TrunkRequest) -> None:
+        """Bring `cache` to the rows and the length that the party's own cache has.
+
+        Raises:
+            CacheMismatchError: it cannot be.
+        """
+        _rewind(cache, request)
+
     def new_cache(self) -> Cache:
         """An empty KV cache of the family's own kind."""
-        return DynamicCache(config=self.base.config)
+        cache = DynamicCache(config=self.base.config)
+        for slot in cache.layers:
+            if _is_window(slot):  # what a window has passed is kept until the next request: a draft may be taken back
+                slot.activate_past_recording()
+        return cache
 
     def forward(self, request: TrunkRequest, cache: Cache | None = None) -> torch.Tensor:
         """The trunk's output [B, T, D], without gradient.
@@ -83,9 +97,9 @@ class Trunk:
             CacheMismatchError: `request.past` or `request.rows` does not fit `cache`.
         """
         if cache is not None:
-            _rewind(cache, request)
+            self.rewind(cache, request)
         with torch.no_grad():
-            return self._run(decoded(request.hidden).to(self.device, self.dtype), request, cache)
+            return self.run(decoded(request.hidden).to(self.device, self.dtype), request, cache)
 
     def forward_kept(self, request: TrunkRequest, *, recompute: bool) -> tuple[torch.Tensor, Kept]:
         """The trunk's output and what its backward will need."""
@@ -93,7 +107,7 @@ class Trunk:
             return self.forward(request), Kept(request=request, entry=None, output=None)
         entry = decoded(request.hidden).to(self.device, self.dtype).detach().requires_grad_(True)
         with torch.enable_grad():
-            output = self._run(entry, request, None)
+            output = self.run(entry, request, None)
         return output.detach(), Kept(request=request, entry=entry, output=output)
 
     def backward(self, kept: Kept, gradient: torch.Tensor) -> torch.Tensor:
@@ -105,7 +119,8 @@ class Trunk:
         (result,) = torch.autograd.grad(kept.output, kept.entry, gradient.to(self.device, kept.output.dtype))
         return result
 
-    def _run(self, hidden: torch.Tensor, request: TrunkRequest, cache: Cache | None) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, request: TrunkRequest, cache: Cache | None) -> torch.Tensor:
+        """The trunk's output for `hidden` [B, T, D], which is on its device; gradients as the caller has set them."""
         batch, length, _ = hidden.shape
         # Not a number, so that whatever a layer took of it besides the state at the door would show.
         stand_in = torch.full((), torch.nan, device=self.device, dtype=self.dtype)
@@ -119,7 +134,7 @@ class Trunk:
         }
         self._at_door.hidden = hidden
         try:
-            self._entrance(**{name: value for name, value in arguments.items() if name in self._accepts})
+            self._entrance(**{name: value for name, value in arguments.items() if name in self.accepts})
         except _TrunkDone as done:
             return done.output
         finally:
@@ -169,15 +184,30 @@ def _rewind(cache: Cache, request: TrunkRequest) -> None:
         if held is not None and max(request.rows) >= held:
             raise CacheMismatchError(f"The request names row {max(request.rows)} of a cache of {held} rows.")
         cache.reorder_cache(torch.tensor(request.rows))
-    if request.past < length:
-        try:
-            cache.crop(request.past - length)
-        except RuntimeError as error:
-            raise CacheMismatchError(
-                f"The cache cannot be cut back from {length} to {request.past} positions: "
-                "a sliding window has passed, or a layer holds a state instead of positions.",
-                hint="generate without a method that takes tokens back",
-            ) from error
+    surplus = length - request.past
+    try:
+        if any(_is_window(slot) and _lacks(slot, surplus) for slot in cache.layers):
+            raise RuntimeError  # the library would go on with what is left
+        for slot in cache.layers:
+            if surplus or (_is_window(slot) and slot.is_initialized):
+                slot.crop(-surplus)
+    except RuntimeError as error:
+        raise CacheMismatchError(
+            f"The cache cannot be cut back from {length} to {request.past} positions: "
+            "a sliding window has passed, or a layer holds a state instead of positions.",
+            hint="generate without a method that takes tokens back",
+        ) from error
+
+
+def _is_window(slot: Any) -> bool:
+    """Whether a slot keeps the last positions of a sliding window, and nothing else."""
+    return isinstance(slot, DynamicSlidingWindowLayer) and not isinstance(slot, LinearAttentionCacheLayerMixin)
+
+
+def _lacks(slot: Any, surplus: int) -> bool:
+    """Whether a window's slot no longer holds what it would need without its last `surplus` positions."""
+    left = slot.get_seq_length() - surplus
+    return slot.is_initialized and slot.keys.shape[-2] - surplus < min(left, slot.sliding_window - 1)
 
 
 def _rows_of(cache: Cache) -> int | None:
