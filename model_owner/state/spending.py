@@ -2,8 +2,9 @@
 
 The durable figure runs ahead of what was spent by a reserve. An answer may leave at once as long as its tokens are
 within the figure on the disk; when half of the reserve is used up, more is asked for meanwhile. At an orderly end the
-rest of the reserve is given back. After a kill it is not: a party then counts as having spent at most
-`1 / RESERVE_SHARE` of its tokens (and never more than `MOST_RESERVE`) beyond what it got, and never less than it got.
+rest of the reserve is given back. After a kill it is not: a party then counts as having spent up to `1 / RESERVE_SHARE`
+(and no more than `MOST_RESERVE`) beyond what it got in that run of the owner, and never less than it got. The reserve
+goes by the run, not by all that was ever spent, so that many kills together add no more than that share either.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Spent:
     def charge(self, tokens: int) -> int:
         """Spend; what the database has to be told because of it, 0 if it has been told enough."""
         self.here += tokens
-        reserve = min(self.total // RESERVE_SHARE, MOST_RESERVE)
+        reserve = min(self.here // RESERVE_SHARE, MOST_RESERVE)
         if self.here + reserve // 2 < self.asked:
             return 0
         more = max(self.here + reserve - self.asked, 0)

@@ -26,7 +26,7 @@ from model_owner.state.schema import CHARGES, SESSIONS, USAGE
 from model_owner.state.spending import RESERVE_SHARE
 
 PARTIES = ("hospital", "clinic", "lab")
-TOKENS = 7
+TOKENS = 97
 
 
 def serve(place: str, turn: int, out: int, seed: int) -> None:
@@ -121,7 +121,7 @@ def compare(place: str, said: Said) -> None:
     assert all(rows[name]["why"] == "closed" for name in said.finished), "an end is missing"
     for party in PARTIES:
         more = charges[party] - said.before[party]
-        reserve = charges[party] // RESERVE_SHARE
+        reserve = said.begun[party] // RESERVE_SHARE
         assert said.charged[party] <= more <= said.begun[party] + reserve, f"charges of {party}"
         said.reserved += max(more - said.begun[party], 0)
         own = [row for row in rows.values() if row["party"] == party]

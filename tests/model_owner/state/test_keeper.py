@@ -225,7 +225,7 @@ def test_what_was_spent_stays_within_what_is_written():
     for _ in range(5000):
         more = spent.charge(chance.choice([0, 1, 7, 2048]))
         assert spent.here <= spent.asked
-        assert spent.asked - spent.here <= min(spent.total // RESERVE_SHARE, MOST_RESERVE)
+        assert spent.asked - spent.here <= min(spent.here // RESERVE_SHARE, MOST_RESERVE)
         if more:
             told.append(more)
         if told and chance.random() < 0.3:
