@@ -261,7 +261,7 @@ class Session:
             )
 
     def _check_welcome(self, message: Welcome) -> None:
-        if self._hellos == 0:
+        if self._hellos == 0 and not (self.role == "party" and message == self.welcome):  # the same one once more
             raise NotAllowed("A welcome answers no hello.", code="out_of_order", expected="one welcome a hello")
         if message.memory == "keep" and self.terms.memory == "recompute":
             raise NotAllowed(
@@ -275,7 +275,7 @@ class Session:
             case Hello():
                 self._hellos = min(self._hellos + 1, MAX_OPEN)
             case Welcome():
-                self._hellos -= 1
+                self._hellos = max(self._hellos - 1, 0)
                 self.welcome = message
             case Refused() if self.state in (State.NEW, State.GREETING):
                 self._hellos = max(self._hellos - 1, 0)

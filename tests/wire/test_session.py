@@ -9,7 +9,7 @@ from splitfl.wire.messages import (
     Forward,
     Release,
 )
-from splitfl.wire.session import TABLE, NotAllowed, PartySession, State, Terms, Turn
+from splitfl.wire.session import TABLE, NotAllowed, OwnerSession, PartySession, State, Terms, Turn
 from tests.wire.samples import SESSION, WELCOME, hidden, mask
 from tests.wire.talk import (
     BYE,
@@ -143,8 +143,17 @@ def test_a_welcome_answers_one_hello(fresh):
     assert refusal(fresh, WELCOME) == "out_of_order"
     assert say(fresh, TERMS.hello(), TERMS.hello()) == [Turn.NEW, Turn.RETRY]
     assert say(fresh, WELCOME, WELCOME) == [Turn.NEW, Turn.RETRY]
-    assert refusal(fresh, WELCOME) == "out_of_order"
+    assert refusal(fresh, msgspec.structs.replace(WELCOME, max_tokens=9)) == "out_of_order"
     assert fresh.welcome == WELCOME
+
+
+def test_a_welcome_that_comes_once_more_ends_no_run():
+    """It was repeated on the way; an owner may not say it once more by itself."""
+    party, owner = PartySession(TERMS, EVERYTHING), OwnerSession(TERMS, EVERYTHING)
+    for session in (party, owner):
+        say(session, TERMS.hello(), WELCOME)
+    assert say(party, WELCOME, WELCOME) == [Turn.RETRY, Turn.RETRY]
+    assert refusal(owner, WELCOME) == "out_of_order"
 
 
 def test_a_refused_hello_can_be_said_again(fresh):
