@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from splitfl.cut import Plan, Void, cache_among, count_positions, entrance, module_at
 from splitfl.errors import WireError
@@ -198,11 +197,6 @@ def _rewind(cache: Cache, request: TrunkRequest) -> None:
             "a sliding window has passed, or a layer holds a state instead of positions.",
             hint="generate without a method that takes tokens back",
         ) from error
-
-
-def _is_window(slot: Any) -> bool:
-    """Whether a slot keeps the last positions of a sliding window, and nothing else."""
-    return isinstance(slot, DynamicSlidingWindowLayer) and not isinstance(slot, LinearAttentionCacheLayerMixin)
 
 
 def _is_window(slot: Any) -> bool:

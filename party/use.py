@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from party.bookkeeping import DataSet, run_name
+from party.drafting import counting, drafting, open_draft
 from party.evaluate import evaluate
 from party.model import open_model
 from party.offline import WITH_EMULATOR, emulated_model, find_emulator, untracked
@@ -27,10 +29,12 @@ from protocols import protocol_named
 from splitfl.adapter_check import Adapter, check_adapter, plug_in
 from splitfl.adapters import open_adapter
 from splitfl.config import EvaluateSettings, GenerateSettings, TuneSettings
+from splitfl.config_drafting import DRAFT_TOKENS
 from splitfl.config_offsite import LARGEST_CHANGE
 from splitfl.data import Collator, encode_prompt, load_rows, tokenise
 from splitfl.errors import DataError, UsageError
 from splitfl.kit import Kit, open_kit
+from splitfl.load import quiet_library
 from splitfl.metrics import Result, write_results
 from splitfl.rows import Row, fingerprint
 
@@ -45,6 +49,8 @@ class TunedModel:
     guard: Guard | None
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    draft: PreTrainedModel | None = None
+    """Guesses tokens for a generation, if it was asked for."""
 
 
 @contextlib.contextmanager
@@ -60,6 +66,7 @@ def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = T
     if tuned.threads:
         torch.set_num_threads(tuned.threads)
     kit = open_kit(tuned.kit)
+    _check_draft(settings, tuned)
     given = _given_adapter(settings, kit)  # what does not fit is refused before anybody is spoken to
 
     def adapted(model: PreTrainedModel) -> Any:
@@ -84,8 +91,37 @@ def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = T
     preparation = prepare(tuned, kit, tuned.max_length or kit.plan.max_length or 2048)
     with contextlib.closing(connect(tuned, kit, preparation.protection)) as session:
         guard = guarded(tuned, session, preparation.protection, None)
-        model = adapted(open_model(kit, guard, dtype=tuned.dtype, device=tuned.device))
-        yield TunedModel(run=tuned, kit=kit, session=session, guard=guard, model=model, tokenizer=kit.tokenizer())
+        base = open_model(kit, guard, dtype=tuned.dtype, device=tuned.device)
+        draft = _draft(settings, tuned, kit, base, adapted)
+        model = adapted(base)
+        yield TunedModel(
+            run=tuned, kit=kit, session=session, guard=guard, model=model, tokenizer=kit.tokenizer(), draft=draft
+        )
+
+
+def _check_draft(settings: EvaluateSettings | GenerateSettings, run: TuneSettings) -> None:
+    if not isinstance(settings, GenerateSettings) or settings.draft is None:
+        return
+    protocol = protocol_named(run.protocol)
+    if protocol.offline or protocol.whole:
+        raise UsageError(
+            f"--draft saves round trips to an owner, and a run of {run.protocol} generates without one.",
+            hint="leave it out",
+        )
+
+
+def _draft(
+    settings: EvaluateSettings | GenerateSettings, run: TuneSettings, kit: Kit, base: PreTrainedModel,
+    adapted: Callable[[PreTrainedModel], Any],
+) -> PreTrainedModel | None:  # fmt: skip
+    """What guesses tokens, with the run's adapter if it has the layers for one."""
+    if not isinstance(settings, GenerateSettings) or settings.draft is None:
+        return None
+    draft = open_draft(settings.draft, run, kit, base, directory=settings.draft_model, run=settings.run)
+    if settings.draft == "model":
+        return draft
+    tuned: PreTrainedModel = adapted(draft).get_base_model()
+    return tuned
 
 
 def _given_adapter(settings: EvaluateSettings | GenerateSettings, kit: Kit) -> Adapter | None:
@@ -216,14 +252,19 @@ def generate_from_run(settings: GenerateSettings) -> None:
         set_seed(settings.seed)
         started = time.monotonic()
         asked = DataSet(fingerprint=fingerprint([Row(line=1, text=prompt)]), label="a prompt", units=["0"], unit="row")
-        # The prompt goes up once for each beam, and each beam goes on for itself.
-        with booked(opened, asked, pieces=settings.max_new_tokens * settings.num_beams), torch.no_grad():
+        with (
+            booked(opened, asked, pieces=_sends(settings, len(ids))),
+            counting(opened.model) as passes,
+            _hushed(opened.draft),
+            torch.no_grad(),
+        ):
             output = opened.model.generate(
                 input_ids=torch.tensor([ids], device=opened.run.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=opened.run.device),
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 **_sampling(settings),
+                **({} if opened.draft is None else drafting(opened.draft, settings.draft_tokens or DRAFT_TOKENS)),
             )
         seconds = time.monotonic() - started
     new = output[0, len(ids) :].tolist()
@@ -231,13 +272,32 @@ def generate_from_run(settings: GenerateSettings) -> None:
     if streamer is None:
         print(text)
     if settings.json is not None:
+        figures: dict[str, tuple[float | str, str]] = {
+            "text": (text, ""),
+            "prompt tokens": (len(ids), "tokens"),
+            "new tokens": (len(new), "tokens"),
+            "rate": (len(new) / seconds, "tokens/s"),
+            "round trips": (passes.passes, "requests"),
+            "positions sent": (passes.positions, "positions"),
+        }
+        if opened.draft is not None:
+            figures["guesses sent"] = (passes.guessed(len(ids)), "tokens")
+            figures["guesses kept"] = (passes.gained(len(new)), "tokens")
         results = [
-            Result(case="generate", metric="text", value=text, unit=""),
-            Result(case="generate", metric="prompt tokens", value=len(ids), unit="tokens"),
-            Result(case="generate", metric="new tokens", value=len(new), unit="tokens"),
-            Result(case="generate", metric="rate", value=len(new) / seconds, unit="tokens/s"),
+            Result(case="generate", metric=name, value=value, unit=unit) for name, (value, unit) in figures.items()
         ]
         write_results(settings.json, "generate", settings, results)
+
+
+def _sends(settings: GenerateSettings, prompt: int) -> int:
+    """How often the text goes up at most: once for each beam, each of which goes on for itself; guesses save some."""
+    pieces = 1 if settings.prefill_chunk is None else math.ceil(prompt / settings.prefill_chunk)
+    return (pieces + settings.max_new_tokens - 1) * settings.num_beams
+
+
+def _hushed(draft: PreTrainedModel | None) -> contextlib.AbstractContextManager[None]:
+    """The library warns of arguments that it gives a draft model itself."""
+    return contextlib.nullcontext() if draft is None else quiet_library()
 
 
 def _prompt(settings: GenerateSettings) -> str:
@@ -260,4 +320,6 @@ def _sampling(settings: GenerateSettings) -> dict[str, Any]:
     for name in ("temperature", "top_k", "top_p"):
         if getattr(settings, name) is not None:
             options[name] = getattr(settings, name)
+    if settings.prefill_chunk is not None:
+        options["prefill_chunk_size"] = settings.prefill_chunk
     return options

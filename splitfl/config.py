@@ -38,6 +38,7 @@ from splitfl.config_common import (
     Truncation,
     check_link,
 )
+from splitfl.config_drafting import Drafting
 from splitfl.config_federation import WHOLE_PROTOCOLS, FederatedTuning
 from splitfl.config_owner import Keeping
 from splitfl.config_privacy import OFFLINE_PROTOCOL, ProtectionSettings
@@ -282,7 +283,7 @@ class WithRun(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings(WithRun):
+class GenerateSettings(WithRun, Drafting):
     """Write text with the tuned model, through the split."""
 
     prompt: Annotated[str | None, "The prompt.", NOT_EMPTY] = None
@@ -307,6 +308,7 @@ class GenerateSettings(WithRun):
         if (self.prompt is None) == (self.prompt_file is None):
             came = "neither" if self.prompt is None else "both"
             raise UsageError(f"Of --prompt and --prompt-file, {came} was given.", expected="exactly one of them")
+        self.check_drafting(num_beams=self.num_beams)
         for name in ("temperature", "top_k", "top_p"):
             if getattr(self, name) is not None and not self.do_sample:
                 option = "--" + name.replace("_", "-")
