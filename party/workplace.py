@@ -26,6 +26,7 @@ from party.remote import RemoteTrunk
 from party.rundir import RunDirectory
 from party.session import Session
 from party.trainer import ExtraLoss, SplitTrainer
+from party.turns import share_heap
 from splitfl.adapters import add_lora, lora_config
 from splitfl.config import TuneSettings
 from splitfl.cut import module_at
@@ -172,6 +173,7 @@ def _over_the_network(
 def _pipeline(settings: TuneSettings, kit: Kit, session: Session) -> Pipeline | None:
     if settings.micro_batches == "1":
         return None
+    share_heap()
     return Pipeline(
         micro_batches=0 if settings.micro_batches == "auto" else int(settings.micro_batches),
         in_flight_bytes=parse_size(settings.in_flight_bytes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from splitfl.bench.sizes import Size, size_named
+from splitfl.bench.sizes import BOTTOM, TOP, VOCABULARY, Size, size_named
 from splitfl.config import BenchSettings
 from splitfl.errors import UsageError
 from splitfl.metrics import Result
@@ -18,6 +18,9 @@ BATCHES = (1, 4)  # rows that generate together
 PROMPT = 32  # tokens
 START_S = 20.0  # of the processes of a case; like the next three, a guess for the time left
 _FLOPS, _WEIGHT_BYTES_A_SECOND, _TOKEN_OVERHEAD_S = 1e11, 1e10, 5e-3
+
+# dtype -> bytes that autograd keeps of a layer for each unit of its width, copies of the float32 logits at the peak.
+KEPT: dict[str, tuple[float, int]] = {"float32": (61.0, 6), "bfloat16": (41.0, 5), "float16": (41.0, 5)}
 
 Work: TypeAlias = Literal["train", "generate"]
 
@@ -65,6 +68,15 @@ class Case:
         """Cut tensors of one training step, at the wire's dtype: ``4 x rows x length x width x bytes an element``."""
         element = BYTES_PER_ELEMENT[self.dtype]
         return CUT_TENSORS_A_STEP * self.rows * self.length * self.size.width * element
+
+    def step_memory(self) -> int:
+        """Bytes that a step takes at the party, beyond the loaded model: ``rows x length x (4 x kept x width + copies
+        x 4 x vocabulary)``; see docs/performance.md for `kept` (bytes a unit of width and layer, Llama-like) and
+        `copies` of the logits.
+        """
+        kept, copies = KEPT[self.dtype]
+        layers = BOTTOM + TOP
+        return round(self.rows * self.length * (layers * kept * self.size.width + copies * 4 * VOCABULARY))
 
     def bytes_a_generation(self) -> int:
         """Hidden states of one generation, up and down; the last new token is never sent."""
@@ -125,6 +137,7 @@ STEP, BYTES, PARTY_MEMORY, RATE = "step time", "bytes a step", "peak memory of t
 PIPELINED, OWN = "pipelined step time", "pipelined step, beside the slower side's own work"
 OPTIMUM, BESIDE_PLAIN, GRADFREE = "rate beside the optimum", "rate beside the plain step", "rate with kept replies"
 SLOW_LINK_MS = 80.0  # round trips for which a gain over the plain step is aimed at
+STEP_MEMORY = "memory of a step, party"
 BUSY = "cores busy elsewhere"
 
 REACHES: dict[str, Reach] = {

@@ -26,6 +26,8 @@ class Step(Line, frozen=True, kw_only=True, tag="step"):
     length: int
     parts: int = 1
     """Micro-batches that overlap; the party's side alone knows how."""
+    memory: bool = False
+    """Say by how much the step raises the resident memory; takes time that counts."""
 
 
 class Generate(Line, frozen=True, kw_only=True, tag="generate"):
@@ -64,6 +66,8 @@ class Stepped(Line, frozen=True, kw_only=True):
     received: int = 0
     cpu: float = 0.0
     """Processor seconds of the whole process, encryption included."""
+    grown: int | None = None
+    """Bytes by which the step raised the resident memory; None where nobody asked or the system does not say."""
 
 
 class Generated(Line, frozen=True, kw_only=True):

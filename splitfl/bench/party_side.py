@@ -18,6 +18,7 @@ import torch
 from party.connect import open_session
 from party.model import open_model
 from party.pipeline import run_pipelined, split_batch
+from party.turns import share_heap
 from splitfl.adapters import add_lora, lora_config
 from splitfl.bench.orders import PartyStart
 from splitfl.bench.side import Side, answer_orders, own_output
@@ -74,6 +75,7 @@ def main() -> None:
     answers = own_output()
     start = msgspec.json.decode(sys.argv[1], type=PartyStart)
     torch.set_num_threads(start.threads)
+    share_heap()
     kit = open_kit(Path(start.kit))
     session = open_session(
         kit.plan,

@@ -23,7 +23,18 @@ from pathlib import Path
 import msgspec
 
 from splitfl.bench.agreement import compare_losses
-from splitfl.bench.cases import BUSY, GRADFREE, OWN, PARTY_MEMORY, PIPELINED, STEP, WARM_UP, Case, plan_cases
+from splitfl.bench.cases import (
+    BUSY,
+    GRADFREE,
+    OWN,
+    PARTY_MEMORY,
+    PIPELINED,
+    STEP,
+    STEP_MEMORY,
+    WARM_UP,
+    Case,
+    plan_cases,
+)
 from splitfl.bench.children import Child
 from splitfl.bench.figures import Elsewhere, Figures
 from splitfl.bench.orders import Held, Peak, Ready, Step, Stepped
@@ -105,6 +116,7 @@ def measure(case: Case, sides: Sides, counts: Sequence[int], steps: int) -> list
     Raises:
         Disagreement: split and monolith did not compute the same.
     """
+    grown = {count: _memory(case, sides, count) for count in (1, *counts)}
     elsewhere = Elsewhere(sides.cpu_seconds)
     turns = [{count: _pair(case, sides, count, turn) for count in (1, *counts)} for turn in range(WARM_UP + steps)]
     busy = elsewhere.cores()
@@ -121,12 +133,23 @@ def measure(case: Case, sides: Sides, counts: Sequence[int], steps: int) -> list
         figures.add(f"own work of the {side}", 1000 * seconds, "ms")
     whole_held, party_held = (side.ask(Peak(), Held).peak_rss for side in (sides.monolith, sides.party))
     figures.add(PARTY_MEMORY, party_held, "bytes", whole_held)
+    figures.add(STEP_MEMORY, grown[1], "bytes", case.step_memory())
     figures.add("loss difference, relative", difference, "")
     figures.add(BUSY, busy, "cores")
     results = figures.results
     for count in counts:
         results += _pipelined(case, count, counted[count], max(own.values()), busy)
+        held = Result(case=results[-1].case, metric=STEP_MEMORY, value=grown[count], unit="bytes", reference=grown[1])
+        results.append(held)
     return results
+
+
+def _memory(case: Case, sides: Sides, count: int) -> int | None:
+    """By how much a step raises the party's memory; the second of two, when the optimiser has its own. Not timed."""
+    orders = [Step(rows=case.rows, length=case.length, parts=count, memory=True)] * 2
+    for order in orders:
+        sides.monolith.ask(order, Stepped)  # both sides take every step, or their losses could not be compared
+    return [sides.party.ask(order, Stepped).grown for order in orders][-1]
 
 
 def _pair(case: Case, sides: Sides, count: int, turn: int) -> Pair:

@@ -5,9 +5,12 @@ Kept apart from `splitfl.bench.split`, which measures and never loads a model.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
@@ -42,6 +45,8 @@ class Side:
         """Forward, backward and optimiser, timed together."""
         ids = token_ids(order.rows, order.length)
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        before = reset_peak() if order.memory else None
         sent, received = self.moved()
         start, used = time.perf_counter(), time.process_time()
         self.optimizer.zero_grad(set_to_none=True)
@@ -50,8 +55,9 @@ class Side:
         seconds, used = time.perf_counter() - start, time.process_time() - used
         now_sent, now_received = self.moved()
         return Stepped(
-            seconds=seconds, loss=loss.item(), sent=now_sent - sent, received=now_received - received, cpu=used
-        )
+            seconds=seconds, loss=loss.item(), sent=now_sent - sent, received=now_received - received, cpu=used,
+            grown=None if before is None else peak() - before,
+        )  # fmt: skip
 
     def loss_with_gradient(self, ids: torch.Tensor, parts: int) -> torch.Tensor:
         """Forward and backward of a batch [B, T]; `parts` is for a side that knows of micro-batches."""
@@ -97,6 +103,27 @@ class Side:
                 return self.generate(order)
             case Peak():
                 return Held(peak_rss=peak_rss_bytes())
+
+
+def reset_peak() -> int | None:
+    """Give back what is free and begin to watch the resident memory anew; what it is now. None where Linux is not."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def peak() -> int:
+    """The most memory that was resident since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def token_ids(rows: int, length: int) -> torch.Tensor:
