@@ -25,6 +25,7 @@ from splitfl.wire.coding import Coded
 from splitfl.wire.messages import (
     BackwardDone,
     Bye,
+    Closed,
     CodingName,
     DtypeName,
     ForwardDone,
@@ -110,12 +111,19 @@ class Conversation:
         """Say goodbye if the link allows it, and close the socket."""
         try:
             if self.welcome is not None and self.socket.connected and self.talk.state is not State.CLOSED:
-                self._send(Bye(session=self.terms.session), {}, timeout_s=_GOODBYE_S)
-                self._receive(time.monotonic() + _GOODBYE_S)
+                self._say_goodbye(time.monotonic() + _GOODBYE_S)
         except SplitflError:
             pass  # the owner drops the session when its lease ends
         finally:
             self.socket.close()
+
+    def _say_goodbye(self, deadline: float) -> None:
+        """Twice if need be: a session whose goodbye was lost would keep one of the party's few places for a minute."""
+        for until in (self._resend_at(deadline), deadline):
+            self._send(Bye(session=self.terms.session), {}, timeout_s=_GOODBYE_S)
+            while (got := self._receive(until)) is not None:  # answers to what is not waited for any more come before
+                if isinstance(got[0], Closed | Refused):
+                    return
 
     def __enter__(self) -> Self:
         self.open()
