@@ -247,17 +247,17 @@ class Scheduler:
         """Do them and tell who waits; the seconds that it took."""
         begun = time.monotonic()
         wanted = [job for job in jobs if job.wanted()]
-        for job in jobs:
-            if job not in wanted:
-                _tell(job.loop, functools.partial(_settle, job.done, None, given_up()))
+        for dropped in jobs:
+            if dropped not in wanted:
+                _tell(dropped.loop, functools.partial(_settle, dropped.done, None, given_up()))
         outcomes = _outcomes(wanted)
         took = time.monotonic() - begun
-        for job, (result, problem) in zip(wanted, outcomes, strict=True):
-            self._observer.work_done(begun - job.came, took / len(wanted))
-            _tell(job.loop, functools.partial(_settle, job.done, result, problem))
+        for index, (result, problem) in enumerate(outcomes):
+            self._observer.work_done(begun - wanted[index].came, took / len(wanted))
+            _tell(wanted[index].loop, functools.partial(_settle, wanted[index].done, result, problem))
         # A problem remembers this frame: if the frame knew the problem, its tensors would stay until a collection.
         del jobs, wanted, outcomes
-        job = result = problem = None
+        result = problem = None
         return took
 
 

@@ -369,8 +369,8 @@ class Server:
             self._note("session of %s expired after %.0f s of silence", *told, session=held.name)
             self._end(held, "expired")
         lease = self.limits.cache_lease_s
-        for held in self.table if lease is not None else ():
-            if dropped := held.drop_idle_caches(lease):
+        for held in self.table:
+            if lease is not None and (dropped := held.drop_idle_caches(lease)):
                 self._note("%d idle caches of %s were dropped", dropped, held.party, session=held.name)
 
     async def _drain(self) -> None:

@@ -9,6 +9,7 @@ from splitfl.bench.chaos_settings import ChaosSettings
 from splitfl.bench.frameworks_settings import FrameworksSettings
 from splitfl.bench.pipeline_settings import PipelineSettings
 from splitfl.bench.rules_settings import RulesSettings
+from splitfl.bench.serving_settings import ServingSettings
 from splitfl.bench.utility_settings import UtilitySettings
 from splitfl.config_common import NOT_EMPTY, Device
 from splitfl.errors import UsageError
@@ -17,9 +18,10 @@ from splitfl.options import Panel, at_least
 OFFSITE = Panel("splitfl bench offsite")
 _RUNS = ("split", "utility", "offsite", "rules")
 _STEPS = ("pipeline", "link")
-BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit", "chaos", "soak", "hostile", *_STEPS)
+BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit", "chaos", "soak", "hostile", *_STEPS, "serving")
 _SHARED = {
-    "name": BENCHMARKS, "json": BENCHMARKS, "resume": (*_RUNS, "chaos"), "cache": ("split", "offsite", *_STEPS),
+    "name": BENCHMARKS, "json": BENCHMARKS, "resume": (*_RUNS, "chaos", "serving"),
+    "cache": ("split", "offsite", *_STEPS),
     "tasks": ("utility", "offsite", "rules"), "seeds": ("utility", "offsite", "rules", "chaos", "soak"),
     "max_steps": ("utility", "offsite"), **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")),
     "quick": tuple(name for name in BENCHMARKS[1:] if name != "soak"),
@@ -30,7 +32,9 @@ _SHARED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsiteSettings(UtilitySettings, RulesSettings, FrameworksSettings, ChaosSettings, PipelineSettings):
+class OffsiteSettings(
+    UtilitySettings, RulesSettings, FrameworksSettings, ChaosSettings, PipelineSettings, ServingSettings
+):
     """Which models and emulators the five ways are compared with."""
 
     model: Annotated[tuple[str, ...], "embedded, a model directory, or NAME=DIRECTORY. May be repeated. Default: "
@@ -60,6 +64,7 @@ def benchmarks_of(option: str) -> tuple[str, ...]:
         return _SHARED[option]
     own = (
         (ChaosSettings, "hostile"),
+        (ServingSettings, "serving"),
         (PipelineSettings, "link"),
         (UtilitySettings, "utility"),
         (RulesSettings, "rules"),
