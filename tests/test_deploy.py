@@ -17,7 +17,9 @@ import yaml
 
 from model_owner.metrics import Metrics
 from model_owner.observer import Served, SessionFacts
+from model_owner.reload import CHANGEABLE
 from model_owner.server import _DRAIN_S
+from model_owner.state.schema import METADATA
 from splitfl.config import ServeSettings, TuneSettings
 from splitfl.options.values import parse_address
 from tests.toy import Toy, settings_of
@@ -270,6 +272,16 @@ def test_every_expression_of_the_dashboard_names_what_an_owner_shows():
         assert variable["type"] == "datasource" or "splitfl_sessions_open" in variable["query"]
     families = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in known} - {"splitfl_info"}
     assert families == {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in used}, "a figure is not shown"
+
+
+def test_the_page_about_operation_names_every_figure_and_every_setting_that_may_change():
+    text = (EXAMPLES.parent / "docs" / "operation.md").read_text(encoding="utf-8")
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown_by_an_owner()}
+    assert set(re.findall(r"`(splitfl_[a-z_]+)`", text)) == families
+    (sentence,) = re.findall(r"Of the file these may\s+change: (.*?)\. If it", text, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) == CHANGEABLE
+    table = re.findall(r"^\| `(\w+)` \|", text.partition("## What can be seen")[0], re.MULTILINE)
+    assert set(table) == set(METADATA.tables) - {"splitfl_state"}
 
 
 def test_no_two_panels_overlap():

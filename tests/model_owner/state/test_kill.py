@@ -27,7 +27,7 @@ def test_twenty_kills(tmp_path):
     assert found["tokens acknowledged"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_kills_with_a_server(server, tmp_path):
     """The same with PostgreSQL: the owner is killed, the server is not."""
     from sqlalchemy import create_engine
