@@ -1,6 +1,6 @@
 """``splitfl bench hostile``: one honest party's rate while others attack, beside its rate just before.
 
-A real owner serves an honest party, which trains. Attackers are processes of their own with the lowest priority, as if
+A real owner serves an honest party, which trains. Attackers are processes of their own with a low priority, as if
 they were on another machine: what is measured is what the attack costs the owner, not what it costs the attacker. The
 turns are: a window without, a window with, and the two are compared; so a machine that slows down slows both. Memory is
 the owner's. What a refusal costs is measured in this process, for each kind of bad frame.
@@ -35,6 +35,7 @@ ATTACKS: tuple[Name, ...] = (
 )  # fmt: skip
 RATE_REACH, REFUSAL_REACH_US, ALLOCATED_REACH = 0.8, 50.0, 4096
 _WINDOW_S, _QUICK_S, _WARM_STEPS, _ROUNDS = 12.0, 3.0, 5, 3
+_NICE = 10
 _FILL_S, _REPEATS, _ANSWER_S = 60.0, 2000, 300.0
 
 
@@ -101,8 +102,8 @@ def _under(
         alone = steps.rate(window)
         words = ["splitfl.bench.hostile_side", msgspec.json.encode(start).decode()]
         with Child(f"attacker ({attack})", words, threads=1, log=home.logs / "foe.log") as foe:
-            os.setpriority(os.PRIO_PROCESS, foe.process.pid, 19)
             foe.ready(Attacked)
+            os.setpriority(os.PRIO_PROCESS, foe.process.pid, _NICE)
             _fill(attack, steps, owner)
             cpu, began = owner.cpu_seconds(), time.monotonic()
             besieged = steps.rate(window)
