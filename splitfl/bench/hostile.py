@@ -31,12 +31,12 @@ from splitfl.report import as_size
 from splitfl.wire import frames as wire
 
 ATTACKS: tuple[Name, ...] = (
-    "connections", "greetings", "garbage", "lying headers", "hellos", "replayed", "slow reader", "adversarial floats",
+    "connections", "storm", "greetings", "garbage", "lying headers", "hellos", "replayed", "slow reader", "adversarial floats",
 )  # fmt: skip
 RATE_REACH, REFUSAL_REACH_US, ALLOCATED_REACH = 0.8, 50.0, 4096
-_WINDOW_S, _QUICK_S, _WARM_STEPS, _ROUNDS = 12.0, 3.0, 5, 3
+_WINDOW_S, _QUICK_S, _WARM_STEPS, _ROUNDS = 8.0, 3.0, 5, 3
 _NICE = 10
-_FILL_S, _REPEATS, _ANSWER_S = 60.0, 2000, 300.0
+_FILL_S, _REPEATS, _ANSWER_S = 8.0, 2000, 300.0
 
 
 def bench_hostile(settings: BenchSettings) -> None:
@@ -104,7 +104,7 @@ def _under(
         with Child(f"attacker ({attack})", words, threads=1, log=home.logs / "foe.log") as foe:
             foe.ready(Attacked)
             os.setpriority(os.PRIO_PROCESS, foe.process.pid, _NICE)
-            _fill(attack, steps, owner)
+            _fill(attack, steps)
             cpu, began = owner.cpu_seconds(), time.monotonic()
             besieged = steps.rate(window)
             owner_cores.append((owner.cpu_seconds() - cpu) / (time.monotonic() - began))
@@ -130,9 +130,9 @@ def _under(
     return found
 
 
-def _fill(attack: Name, steps: _Steps, owner: Served) -> None:
+def _fill(attack: Name, steps: _Steps) -> None:
     """Let an attack come to its full size before the clock counts."""
-    until = time.monotonic() + (_QUICK_S if attack != "connections" else _FILL_S / 6)
+    until = time.monotonic() + (_QUICK_S if attack != "connections" else _FILL_S)
     while time.monotonic() < until:
         steps.rate(0.5)
 

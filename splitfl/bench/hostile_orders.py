@@ -7,7 +7,15 @@ from typing import Literal, TypeAlias
 from splitfl.bench.orders import Line
 
 Name: TypeAlias = Literal[
-    "connections", "greetings", "garbage", "lying headers", "hellos", "replayed", "slow reader", "adversarial floats"
+    "connections",
+    "storm",
+    "greetings",
+    "garbage",
+    "lying headers",
+    "hellos",
+    "replayed",
+    "slow reader",
+    "adversarial floats",
 ]
 
 

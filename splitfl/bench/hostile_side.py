@@ -27,7 +27,7 @@ from splitfl.wire.messages import WIRE_VERSION
 from splitfl.wire.reach import parse_address
 
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
-_AT_ONCE, _HOLD_S = 200, 8.0
+_AT_ONCE, _STRIDE = 200, 50
 _ROWS, _LENGTH = 1, 32
 
 
@@ -50,6 +50,8 @@ class Attack:
                 self.silent_links()
             case "greetings":
                 self.greetings()
+            case "storm":
+                self.storm()
             case _:
                 self.messages()
 
@@ -58,23 +60,32 @@ class Attack:
     def silent_links(self) -> None:
         """Connections that say nothing; the owner hangs up after a while, and they come again."""
         address = parse_address(self.start.owner)
-        links: list[socket.socket] = []
+        links: set[socket.socket] = set()
         with selectors.DefaultSelector() as selector:
             while not self.stop.is_set():
-                if len(links) < self.start.connections:
-                    links.append(_begin(address.host, address.port))
-                    selector.register(links[-1], selectors.EVENT_READ)
-                    self.opened = max(self.opened, len(links))
+                for _ in range(min(_STRIDE, self.start.connections - len(links))):
+                    link = _begin(address.host, address.port)
+                    links.add(link)
+                    selector.register(link, selectors.EVENT_READ)
                     self.sent += 1
-                if len(links) % 50 == 0 or len(links) >= self.start.connections:
-                    for key, _ in selector.select(0.01):  # hung up
-                        link = key.fileobj
-                        assert isinstance(link, socket.socket)  # noqa: S101
-                        selector.unregister(link)
-                        links.remove(link)
-                        link.close()
+                self.opened = max(self.opened, len(links))
+                for key, _ in selector.select(0.01):
+                    ended = key.fileobj
+                    assert isinstance(ended, socket.socket)  # noqa: S101
+                    if not _says_something(ended):
+                        selector.unregister(ended)
+                        links.discard(ended)
+                        ended.close()
         for link in links:
             link.close()
+
+    def storm(self) -> None:
+        """Connections that are dropped as soon as the owner has said its first word."""
+        address = parse_address(self.start.owner)
+        while not self.stop.is_set():
+            with contextlib.suppress(OSError), socket.create_connection((address.host, address.port), 5) as link:
+                link.recv(10)
+            self.sent += 1
 
     def greetings(self) -> None:
         """Halves of a handshake, and bytes that are none, again and again."""
@@ -147,6 +158,16 @@ class Attack:
                     time.sleep(0.02)
                 case other:
                     raise SplitflError(f"There is no attack {other!r}.")
+
+
+def _says_something(link: socket.socket) -> bool:
+    """Whether a link lives; what it says is dropped."""
+    try:
+        return bool(link.recv(1 << 12))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _begin(host: str, port: int) -> socket.socket:

@@ -92,6 +92,7 @@ def _report(state: dict[str, Any], work: Path, *, keep: bool) -> dict[str, Any]:
     known = [*seeds(), *kept()]
     chosen, reached = choose(grown, known, _MOST_BYTES - sum(map(len, kept())))
     if keep:
+        CORPUS.mkdir(exist_ok=True)
         for data in chosen:
             (CORPUS / f"{hashlib.blake2b(data, digest_size=8).hexdigest()}.bin").write_bytes(data)
     files = Counter(Path(file).name for file, _, line in {(file, 0, line) for file, _, line in reached})
