@@ -7,6 +7,7 @@ from typing import Annotated
 
 from splitfl.bench.chaos_settings import ChaosSettings
 from splitfl.bench.frameworks_settings import FrameworksSettings
+from splitfl.bench.generate_settings import GenerateBenchSettings
 from splitfl.bench.pipeline_settings import PipelineSettings
 from splitfl.bench.rules_settings import RulesSettings
 from splitfl.bench.serving_settings import ServingSettings
@@ -18,22 +19,42 @@ from splitfl.options import Panel, at_least
 OFFSITE = Panel("splitfl bench offsite")
 _RUNS = ("split", "utility", "offsite", "rules")
 _STEPS = ("pipeline", "link")
-BENCHMARKS = (*_RUNS, "aggregation", "rounds", "frameworks", "audit", "chaos", "soak", "hostile", *_STEPS, "serving")
+BENCHMARKS = (
+    *_RUNS,
+    "aggregation",
+    "rounds",
+    "frameworks",
+    "audit",
+    "chaos",
+    "soak",
+    "hostile",
+    *_STEPS,
+    "serving",
+    "generate",
+)
 _SHARED = {
     "name": BENCHMARKS, "json": BENCHMARKS, "resume": (*_RUNS, "chaos", "serving"),
-    "cache": ("split", "offsite", *_STEPS),
+    "cache": ("split", "offsite", *_STEPS, "generate"),
     "tasks": ("utility", "offsite", "rules"), "seeds": ("utility", "offsite", "rules", "chaos", "soak"),
     "max_steps": ("utility", "offsite"), **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")),
     "quick": tuple(name for name in BENCHMARKS[1:] if name != "soak"),
     "steps": ("split", "aggregation", "rounds", *_STEPS),
     "minutes": ("soak",), "runs": ("chaos",), **dict.fromkeys(("models", "shapes", "threads"), ("split", "pipeline")),
-    "dtype": ("split", *_STEPS), "micro_batches": _STEPS, **dict.fromkeys(("rtt", "mbit"), ("link",)),
+    "dtype": ("split", *_STEPS), "micro_batches": _STEPS, "mbit": ("link",), "rtt": ("link", "generate"),
+    "new_tokens": ("split", "generate"), "guesses": ("generate",),
+    **dict.fromkeys(("keep", "distil_steps"), ("offsite", "generate")),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffsiteSettings(
-    UtilitySettings, RulesSettings, FrameworksSettings, ChaosSettings, PipelineSettings, ServingSettings
+    UtilitySettings,
+    RulesSettings,
+    FrameworksSettings,
+    ChaosSettings,
+    PipelineSettings,
+    ServingSettings,
+    GenerateBenchSettings,
 ):
     """Which models and emulators the five ways are compared with."""
 

@@ -18,7 +18,10 @@ class PipelineSettings(Settings):
         tuple[int, ...], "Micro-batches of a step. May be repeated. Default: 4.", at_least(2), PIPELINE
     ] = (4,)
     rtt: Annotated[
-        tuple[float, ...], "Round trip in milliseconds (link). May be repeated. Default: 20 and 80.", above(0), PIPELINE
+        tuple[float, ...],
+        "Round trip in milliseconds (link, generate). May be repeated. Default: 20 and 80.",
+        above(0),
+        PIPELINE,
     ] = (20.0, 80.0)
     mbit: Annotated[
         tuple[float, ...], "Million bits a second (link). May be repeated. Default: 100 and 1000.", above(0), PIPELINE
