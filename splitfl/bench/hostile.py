@@ -31,7 +31,8 @@ from splitfl.report import as_size
 from splitfl.wire import frames as wire
 
 ATTACKS: tuple[Name, ...] = (
-    "connections", "storm", "greetings", "garbage", "lying headers", "hellos", "replayed", "slow reader", "adversarial floats",
+    "connections", "storm", "greetings", "garbage", "lying headers", "hellos", "replayed", "slow reader",
+    "adversarial floats",
 )  # fmt: skip
 RATE_REACH, REFUSAL_REACH_US, ALLOCATED_REACH = 0.8, 50.0, 4096
 _WINDOW_S, _QUICK_S, _WARM_STEPS, _ROUNDS = 8.0, 3.0, 5, 3

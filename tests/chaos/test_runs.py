@@ -70,6 +70,7 @@ def test_links_are_cut_held_slowed_and_refused(road, undisturbed, config, tmp_pa
     assert altered(broken.middle.requests()) == []
 
 
+@pytest.mark.long  # two processes of an owner; bench chaos does the same
 def test_the_owner_is_killed_and_comes_back(home, undisturbed, config, tmp_path):
     whole, whole_road = undisturbed()
     restarts = []
@@ -103,6 +104,7 @@ def test_noise_is_drawn_once_and_booked_once(road, undisturbed, config, tmp_path
     assert booked(run) == booked(whole)
 
 
+@pytest.mark.long
 def test_gradfree_learns_the_same(road, undisturbed, config, tmp_path):
     options = ("--protocol", "guarded-gradfree")
     whole, whole_road = undisturbed(*options)
