@@ -53,7 +53,7 @@ def bench_chaos(settings: BenchSettings) -> None:
     """
     seeds = settings.seeds or tuple(range(2 if settings.quick else settings.runs))
     cases = [case for case in CASES if not settings.quick or case.name in QUICK_CASES]
-    results = earlier_results(settings) if settings.resume else []
+    results = earlier_results(settings, _is_whole) if settings.resume else []
     done = {result.case for result in results}
     left = [(case, seed) for case in cases for seed in seeds if _name(case, seed) not in done]
     with tempfile.TemporaryDirectory(prefix="splitfl-chaos-") as temporary:
@@ -73,6 +73,11 @@ def bench_chaos(settings: BenchSettings) -> None:
     print(summary(results), flush=True)
     if wrong:
         raise InternalError(f"{len(wrong)} figures are not what they must be: {'; '.join(wrong[:10])}.")
+
+
+def _is_whole(group: list[Result]) -> bool:
+    """The figures of a run are written together."""
+    return any(result.metric == "exit code" for result in group)
 
 
 def _name(case: Case, seed: int) -> str:

@@ -89,8 +89,14 @@ def _refuse_differing(results: list[Result]) -> None:
         )
 
 
-def earlier_results(settings: BenchSettings) -> list[Result]:
+def earlier_results(
+    settings: BenchSettings, is_whole: Callable[[list[Result]], bool] = has_speed
+) -> list[Result]:  # fmt: skip
     """The figures in the ``--json`` file of a run that was broken off; none if there is no such file.
+
+    Args:
+        settings: of the run that goes on.
+        is_whole: whether the figures of a case are all there; a case that is not is measured again.
 
     Raises:
         UsageError: no file was named, or it is of other settings, another machine or another version.
@@ -112,7 +118,7 @@ def earlier_results(settings: BenchSettings) -> list[Result]:
             f"The figures in {settings.json} are of other settings, another machine or another version.",
             hint="leave --resume out to measure everything anew, or name another --json file",
         )
-    return [result for _, group in by_case(results) if has_speed(group) for result in group]
+    return [result for _, group in by_case(results) if is_whole(group) for result in group]
 
 
 @contextmanager

@@ -132,7 +132,8 @@ class Killed(Loop):
     def __init__(self, name: str, pace_s: float, home: Home, addresses: tuple[str, ...], draw: random.Random) -> None:
         super().__init__(name, pace_s)
         self._home, self._addresses, self._draw = home, addresses, draw
-        self._runs, self._first = 0, ("", ())
+        self._runs = 0
+        self._first: tuple[str, tuple[tuple[float, float], ...]] = ("", ())
 
     def round(self) -> None:
         """One run to its end, however often it is killed."""
