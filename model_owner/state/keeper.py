@@ -26,7 +26,6 @@ from concurrent.futures import Future
 from sqlalchemy import select
 
 from model_owner.observer import Ended, Served, SessionFacts
-from model_owner.refusals import Refusal
 from model_owner.state.database import Database
 from model_owner.state.pending import Pending, Running
 from model_owner.state.schema import CHARGES
@@ -164,6 +163,8 @@ class Keeper:
         try:
             await asyncio.wait_for(asyncio.wrap_future(done), SECURE_S)
         except TimeoutError:
+            from model_owner.refusals import Refusal  # and torch with it, which `splitfl usage` does without
+
             raise Refusal("The owner cannot write down what was used.", code="busy", hint="try again later") from None
 
     def flush(self, timeout_s: float = SECURE_S) -> None:

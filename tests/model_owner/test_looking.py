@@ -6,6 +6,10 @@ import csv
 import io
 import json
 import logging
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -22,7 +26,7 @@ from model_owner.usage import UNITS
 from splitfl.config import ServeSettings
 from splitfl.errors import UsageError
 from splitfl.options import Origin, fields_of, origin_of_settings, read_again
-from tests.live.child import splitfl_here
+from tests.live.child import child, splitfl_here
 from tests.toy import Toy, refusal, settings_of
 
 DAY = 86_400.0
@@ -255,3 +259,42 @@ def test_a_reload_that_fails_changes_nothing_and_does_not_end_the_owner(tmp_path
     assert server.limits == "old"
     assert reload.settings is settings
     assert "old values stay" in caplog.text
+
+
+def test_looking_loads_no_torch():
+    """Or a look would take seconds, and hundreds of megabytes beside the owner's."""
+    code = "import sys, model_owner.status, model_owner.usage; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent as SIGINT")
+def test_a_live_view_goes_on_through_a_restart_until_ctrl_c(tmp_path):
+    looks = threading.Semaphore(0)
+
+    def look():
+        looks.release()
+        return Look(sessions=3)
+
+    metrics = Metrics(look)
+    server = MetricsServer(metrics, "127.0.0.1", 0)
+    host, _, port = server.address.removeprefix("http://").partition(":")
+    words = ["-m", "splitfl", "status", f"{host}:{port}", "--interval", "0.05"]
+    try:
+        with child(words, tmp_path) as running:
+            for _ in range(60):  # several scrapes: each asks a dozen times
+                assert looks.acquire(timeout=60)
+            server.close()
+            with socket.create_server((host, int(port))) as nobody:  # hangs up when it is asked
+                nobody.settimeout(60)
+                nobody.accept()[0].close()
+            server = MetricsServer(metrics, host, int(port))
+            while looks.acquire(blocking=False):
+                pass
+            assert looks.acquire(timeout=60), "it did not look again"
+            running.process.send_signal(signal.SIGINT)
+            assert running.wait(60) in (0, 130)
+    finally:
+        server.close()
+    assert "sessions open" in running.stdout.text
+    assert "Traceback" not in running.stderr.text
