@@ -43,6 +43,7 @@ KINDS: tuple[Kind, ...] = ("forward", "backward", "decode")
 
 WINDOW_S = 0.0015
 _RECENT_S = 0.1  # who decoded so lately is expected to go on
+_WORTH = 0.4  # of the waits have to bring somebody, or only every `_LOOK_AGAIN`th is tried
 MAX_ROWS, MAX_TOKENS = 64, 4096  # of one pass, what was filled up included
 _FILLING = 1.5  # positions of a pass, beside those that were asked for
 _GAIN = 0.97  # a pass together has to take less than this of the time alone
@@ -155,7 +156,10 @@ class Batcher:
         self.judge = Judge()
         self._lock = threading.Lock()
         self._decoded: dict[int, float] = {}
-        self._came = 0.5  # share of the windows that brought somebody
+        self._windows, self._came = (
+            0,
+            0.5,
+        )  # how often there was reason to wait; share of the waits that brought somebody
 
     def joint(self, item: Pending) -> Joint | None:
         """How `item` may be done together with others; None if it may not."""
@@ -181,11 +185,12 @@ class Batcher:
         now = time.monotonic()
         with self._lock:
             recent = sum(now - at < _RECENT_S for at in self._decoded.values())
-            worth = self.always or self._came > 0.4 or self.judge.passes % _LOOK_AGAIN == 0
-        if waiting + 1 >= min(recent, MAX_ROWS) or not worth:
-            return 0.0
-        item.waited = True
-        return WINDOW_S
+            if waiting + 1 >= min(recent, MAX_ROWS):
+                return 0.0
+            self._windows += not item.waited
+            worth = self.always or item.waited or self._came > _WORTH or self._windows % _LOOK_AGAIN == 0
+        item.waited = worth
+        return WINDOW_S if worth else 0.0
 
     def choose(self, item: Pending, others: list[Pending]) -> list[int]:
         """As many of the others as fit beside `item` and pay; none if none do."""

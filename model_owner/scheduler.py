@@ -54,7 +54,7 @@ class Together(Protocol):
         """How long to wait for others like `item`, of which `waiting` are there already; mostly 0."""
 
     def choose(self, item: Any, others: list[Any]) -> list[int]:
-        """Which of `others` to compute together with `item`."""
+        """Which of `others`, perhaps none, to compute together with `item`; asked once for each `item`."""
 
     def run(self, items: list[Any]) -> list[Any]:
         """The result of each, or the exception that it met."""
@@ -184,6 +184,8 @@ class Scheduler:
                     return
                 job, ahead = self._take()
                 jobs = [job, *self._companions(job)]
+                if self.waiting:  # this worker may have been woken, while it stood in a window, in place of an idle one
+                    self._ready.notify()
             lane = job.lane
             seconds = self._finish(jobs)
             del job, jobs  # or their tensors would stay until the next ones come
@@ -226,8 +228,6 @@ class Scheduler:
             if joint.together.window_s(joint.item, len(self._like(job))) <= 0:
                 break
         found = self._like(job)
-        if not found:
-            return []
         taken = [found[index] for index in joint.together.choose(joint.item, [_item(other) for other in found])]
         numbers = {other.number for other in taken}
         lane = self._lanes[job.lane]
@@ -246,10 +246,7 @@ class Scheduler:
     def _finish(self, jobs: list[_Job]) -> float:
         """Do them and tell who waits; the seconds that it took."""
         begun = time.monotonic()
-        wanted = [job for job in jobs if job.wanted()]
-        for dropped in jobs:
-            if dropped not in wanted:
-                _tell(dropped.loop, functools.partial(_settle, dropped.done, None, given_up()))
+        wanted = _wanted(jobs)
         outcomes = _outcomes(wanted)
         took = time.monotonic() - begun
         for index, (result, problem) in enumerate(outcomes):
@@ -259,6 +256,17 @@ class Scheduler:
         del jobs, wanted, outcomes
         result = problem = None
         return took
+
+
+def _wanted(jobs: list[_Job]) -> list[_Job]:
+    """Those that somebody waits for; the others are told that they were dropped."""
+    wanted = []
+    for job in jobs:
+        if job.wanted():
+            wanted.append(job)
+        else:
+            _tell(job.loop, functools.partial(_settle, job.done, None, given_up()))
+    return wanted
 
 
 def _outcomes(jobs: list[_Job]) -> list[tuple[Any, BaseException | None]]:

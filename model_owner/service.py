@@ -1,4 +1,4 @@
-"""Step 9 of the journey, too: one checked request becomes work for a worker, in its party's turn and lane.
+"""Step 9 of the journey: one checked request becomes work for a worker, in its party's turn and lane.
 
 All of this runs on the thread that owns the sockets and session state, but for what is handed to the scheduler.
 """

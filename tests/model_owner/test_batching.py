@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from model_owner import batching
 from model_owner.batching import Batcher, Judge, Pending, allowed
 from model_owner.observer import NoObserver
+from model_owner.scheduler import Joint, Lane, Scheduler
 from splitfl.errors import RefusedError
 from splitfl.link import TrunkRequest
 from tests.live.owner import PARTIES
@@ -242,6 +244,54 @@ def test_what_is_unknown_alone_is_not_shared_first():
     assert not judge.pays(items)
     judge.took(items[:1], 1.0)
     assert judge.pays(items)
+
+
+def test_a_decode_waits_only_for_who_has_come_before(owner):
+    """Of two that decode at different times, one does not hold the other up for long: the waits bring nobody."""
+    batcher = Batcher(owner.answerer, "on")
+    items = [pending(), pending()]
+    waits = 0
+    for number in range(640):
+        one = pending()
+        one.held = items[number % 2].held
+        batcher.joint(one)
+        waits += batcher.window_s(one, 0) > 0
+        assert batcher.choose(one, []) == []
+    assert 1 <= waits <= 16
+    assert batcher.window_s(pending(), 1) == 0  # all are there
+    for _ in range(100):  # and now they come together
+        batcher.judge.alone[batching._alone_key(items[0])] = 1.0
+        one = pending()
+        one.waited = True
+        batcher.choose(one, [pending()])
+    assert batcher.window_s(pending(), 0) == batching.WINDOW_S
+
+
+async def test_who_stands_in_a_window_keeps_nobody_waiting():
+    """Two workers: one waits for company, and work that comes meanwhile goes to the other."""
+
+    class Patient:
+        def window_s(self, item, waiting):
+            return 0.3
+
+        def choose(self, item, others):
+            return []
+
+        def run(self, items):
+            raise AssertionError
+
+        def took(self, items, seconds):
+            pass
+
+    scheduler = Scheduler(workers=2)
+    try:
+        joint = Joint(key=1, item=None, together=Patient())
+        first = asyncio.ensure_future(scheduler.run("a", 1, lambda: 1, lane=Lane.DECODE, joint=joint))
+        await asyncio.sleep(0.05)
+        others = [asyncio.ensure_future(scheduler.run("b", 1, lambda: 2)) for _ in range(4)]
+        assert await asyncio.wait_for(asyncio.gather(first, *others), PATIENCE_S) == [1, 2, 2, 2, 2]
+    finally:
+        scheduler.stop(PATIENCE_S)
 
 
 def test_bounds_of_a_pass():
