@@ -191,8 +191,8 @@ class _Sender:
         outbox = self.cache.outbox(self.batch)
         if not outbox.is_file():
             made = self.guard.protect_hidden(request.hidden, request.mask)
-            _save(_put_in(made if isinstance(made, Coded) else made.to("cpu", self.dtype)), outbox)
-        sent, number = _taken_out(outbox, request.hidden)
+            save_sent(made if isinstance(made, Coded) else made.to("cpu", self.dtype), outbox)
+        sent, number = taken_out(outbox, request.hidden)
         protection, book, booked = self.guard.protection, self.guard.book, list[str]()
         if book is not None:
             booked = book.charge(
@@ -212,6 +212,11 @@ class _Sender:
         self.guard.link.release(caches=caches, steps=steps)
 
 
+def save_sent(sent: torch.Tensor | Coded, outbox: Path) -> None:
+    """Write what is about to be sent, with a number of its own to book it under; on disk when this returns."""
+    _save(_put_in(sent), outbox)
+
+
 def _put_in(sent: torch.Tensor | Coded) -> dict[str, torch.Tensor]:
     number = torch.frombuffer(bytearray(secrets.token_bytes(16)), dtype=torch.uint8)
     if not isinstance(sent, Coded):
@@ -221,8 +226,12 @@ def _put_in(sent: torch.Tensor | Coded) -> dict[str, torch.Tensor]:
     return {"number": number, "payload": sent.payload, "about": about}
 
 
-def _taken_out(outbox: Path, hidden: torch.Tensor) -> tuple[torch.Tensor | Coded, str]:
-    """What is to be sent, and the number that it is booked under."""
+def taken_out(outbox: Path, hidden: torch.Tensor) -> tuple[torch.Tensor | Coded, str]:
+    """What is to be sent, and the number that it is booked under.
+
+    Raises:
+        DataError: the file is damaged, or of another shape than `hidden`.
+    """
     held = _load(outbox)
     try:
         number = bytes(held["number"].tolist()).hex()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 from typing import Protocol as Shape
 
 import torch
@@ -38,6 +39,9 @@ from splitfl.privacy.mechanisms import (
 )
 from splitfl.wire.coding import Coded, encode_grid16, encode_int4, encode_int8, encode_topk
 from splitfl.wire.messages import CodingName
+
+if TYPE_CHECKING:
+    from party.outbox import Outbox
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +274,7 @@ class Guard:
         self.link, self.protection, self.book = link, protection, book
         self.batch: BatchRows | None = None
         """Rows of the batch under way; None where the caller does not say: then every row is booked."""
+        self.outbox: Outbox | None = None  # in a run that draws noise, and may have to be resumed
         self._kept: dict[int, tuple[torch.Tensor | None, BatchRows | None]] = {}
 
     def forward(self, request: TrunkRequest) -> tuple[torch.Tensor, int]:
@@ -277,8 +282,10 @@ class Guard:
         assert isinstance(request.hidden, torch.Tensor)  # noqa: S101  nothing is protected twice
         mask = None if request.mask is None else request.mask[:, -request.hidden.shape[1] :]
         batch = self.batch  # another micro-batch may have its turn before the answer comes
-        sent = self.protect_hidden(request.hidden, mask)
-        booked = self._book("activations", self.protection.hidden, batch, formal=self.protection.formal)
+        sent, name = self._sent("activations", batch, x := request.hidden, lambda: self.protect_hidden(x, mask))
+        booked = self._book(
+            "activations", self.protection.hidden, batch, formal=self.protection.formal, release_id=name
+        )
         output, step = self.link.forward(self.outgoing(request, sent))
         self._confirm(booked)
         if request.keep:
@@ -300,20 +307,25 @@ class Guard:
         assert isinstance(gradient, torch.Tensor)  # noqa: S101
         mask, batch = self._kept.pop(step, (None, None))
         label_noise = None if self.protection.label_noise == "none" else self.protection.label_noise
-        if label_noise is not None:
-            gradient = self._hide_labels(gradient, batch)
         mechanism = self.protection.gradient
-        sent = gradient if mechanism is None else mechanism.protect(gradient, mask)
-        booked = self._book("gradients", mechanism, batch, formal=False, before=label_noise)
+
+        def make() -> torch.Tensor | Coded:
+            hiding = gradient if label_noise is None else self._hide_labels(gradient, batch)
+            return hiding if mechanism is None else mechanism.protect(hiding, mask)
+
+        sent, name = self._sent("gradients", batch, gradient, make)
+        booked = self._book("gradients", mechanism, batch, formal=False, before=label_noise, release_id=name)
         result = self.link.backward(step, sent)
         self._confirm(booked)
         return result
 
-    def _book(
-        self, channel: str, mechanism: Mechanism | None, batch: BatchRows | None, *, formal: bool,
-        before: str | None = None,
-    ) -> list[str]:  # fmt: skip
-        return [] if self.book is None else self.book.charge(channel, mechanism, batch, formal=formal, before=before)
+    def _book(self, channel: str, mechanism: Mechanism | None, batch: BatchRows | None, **more: Any) -> list[str]:
+        return [] if self.book is None else self.book.charge(channel, mechanism, batch, **more)
+
+    def _sent(
+        self, channel: str, batch: BatchRows | None, x: torch.Tensor, make: Callable[[], torch.Tensor | Coded]
+    ) -> tuple[torch.Tensor | Coded, str | None]:
+        return (make(), None) if self.outbox is None else self.outbox.sent(channel, batch, x, make)
 
     def _confirm(self, booked: list[str]) -> None:
         if self.book is not None:

@@ -49,17 +49,20 @@ class SplitTrainer(Trainer):
         on_eval: called with each score made during training.
         tracker: told which rows each batch holds.
         extra_loss: added to the loss of every batch.
+        on_checkpoint: called with the name of each checkpoint once it is whole.
         pipeline: how batches are split into micro-batches that overlap; None computes each at once.
     """
 
     def __init__(
         self, *args: Any, run: RunDirectory, plan: Plan, collator: Collator, held_out: list[Example] | None,
         on_eval: Callable[[int, Score], None] | None = None, tracker: RowTracker | None = None,
-        extra_loss: ExtraLoss | None = None, pipeline: Pipeline | None = None, **kwargs: Any,
+        extra_loss: ExtraLoss | None = None, pipeline: Pipeline | None = None,
+        on_checkpoint: Callable[[str], None] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, data_collator=collator, eval_dataset=held_out, **kwargs)
         self.run, self.plan, self.collator, self.held_out, self.on_eval = run, plan, collator, held_out, on_eval
         self.tracker, self.extra_loss, self.pipeline = tracker, extra_loss, pipeline
+        self.on_checkpoint = on_checkpoint
         self.last_score: tuple[int, Score] | None = None
         """Step and score of the latest evaluation: the same weights are not scored twice."""
         self._penalty, self._penalty_steps = 0.0, 0
@@ -186,6 +189,8 @@ class SplitTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
             self.run.mark_complete(folder, self.plan)
+            if self.on_checkpoint is not None:
+                self.on_checkpoint(folder.name)
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             if _is_disk_trouble(error):

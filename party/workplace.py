@@ -19,6 +19,7 @@ from party.cache import CacheKey, TrunkCache, cache_bytes, fill, put_cached_trun
 from party.honesty import HonestyProbe
 from party.model import open_model, resolve_dtype
 from party.opening import Preparation, check_budget, connect, guarded, say
+from party.outbox import Outbox
 from party.pipeline import Pipeline, Split
 from party.progress import Traffic
 from party.protect import RowTracker
@@ -156,6 +157,7 @@ def _over_the_network(
         base = open_model(kit, guard, dtype=settings.dtype, device=settings.device)
         model = tunable(settings, kit, base, top_alone=not protection.trains_bottom)
         _begin(settings, run, preparation, book, recorder)
+        guard.outbox = _outbox(settings, kit, run)
         logs.append(stack.enter_context(RunLog(run.log)))
         weight = protection.decorrelate
         yield Workplace(
@@ -164,10 +166,25 @@ def _over_the_network(
             traffic=session,
             log=logs[0],
             extra_loss=Decorrelation(base, remote_trunk(base, kit), weight) if weight else None,
-            trainer=functools.partial(SplitTrainer, pipeline=_pipeline(settings, kit, session)),
+            trainer=functools.partial(
+                SplitTrainer,
+                pipeline=_pipeline(settings, kit, session),
+                on_checkpoint=None if guard.outbox is None else guard.outbox.begin_at,
+            ),
             probe=guard.link if isinstance(guard.link, HonestyProbe) else None,
             recorder=recorder,
         )
+        if guard.outbox is not None:
+            guard.outbox.close()
+
+
+def _outbox(settings: TuneSettings, kit: Kit, run: RunDirectory) -> Outbox | None:
+    """Where noise is drawn: so that a run that is resumed draws none for what it has sent before."""
+    draws = settings.noise != "none" or settings.gradient_sigma is not None or settings.label_noise != "none"
+    if not draws or settings.federate is not None:
+        return None
+    checkpoint = run.latest_checkpoint(kit.plan) if settings.resume else None
+    return Outbox(run.path / "outbox", checkpoint.name if checkpoint is not None else None)
 
 
 def _pipeline(settings: TuneSettings, kit: Kit, session: Session) -> Pipeline | None:

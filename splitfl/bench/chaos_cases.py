@@ -53,8 +53,8 @@ CASES: tuple[Case, ...] = (
         party_kills=1,
     ),
     Case(
-        name="guarded-online with noise, everything but a killed party", design="noisy online", options=NOISY_ONLINE,
-        rates=_ROUGH, link_faults=3, owner_kills=1, same=False, once=True,
+        name="guarded-online with noise, everything", design="noisy online", options=NOISY_ONLINE, rates=_ROUGH,
+        link_faults=3, owner_kills=1, party_kills=2, same=False, once=True,
     ),
     Case(
         name="guarded-gradfree, everything", design="gradfree", options=GRADFREE, rates=_ROUGH, link_faults=2,
