@@ -6,6 +6,7 @@ Nothing is asked of the owner but its `/metrics`, so looking costs it no more th
 from __future__ import annotations
 
 import contextlib
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -89,8 +90,9 @@ def fetch(url: str) -> str:
         UnreachableError: nobody answers.
         WireError: something else does.
     """
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not reach this machine
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:  # noqa: S310  always http
+        with direct.open(url, timeout=_TIMEOUT_S) as answer:
             content: bytes = answer.read(_MOST_BYTES)
     except urllib.error.HTTPError as error:
         error.close()
@@ -98,6 +100,11 @@ def fetch(url: str) -> str:
     except OSError as error:
         raise UnreachableError(
             f"Nobody answers at {url}.", hint="look at what `splitfl serve --metrics-bind` printed"
+        ) from error
+    except http.client.HTTPException as error:
+        raise WireError(
+            f"What answers at {url} does not speak HTTP.",
+            expected="the address of --metrics-bind, not that of --bind",
         ) from error
     return content.decode("utf-8", "replace")
 

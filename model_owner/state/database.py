@@ -104,7 +104,10 @@ class Database:
 
     def _make_engine(self, write: bool) -> Engine:
         if not self.is_sqlite:
-            engine = create_engine(self.url, hide_parameters=True, pool_pre_ping=True, pool_size=2, max_overflow=1)
+            patience = {} if "connect_timeout" in self.url.query else {"connect_timeout": round(_BUSY_S)}
+            engine = create_engine(
+                self.url, hide_parameters=True, pool_pre_ping=True, pool_size=2, max_overflow=1, connect_args=patience
+            )
             event.listen(engine, "connect", _keep_alive)
             return engine
         path = Path(self.place)

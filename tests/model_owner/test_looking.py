@@ -148,7 +148,15 @@ def test_every_sample_that_status_wants_is_shown_by_an_owner():
     assert set(from_metrics(metrics.page().decode()).whole) == {name for name, _ in WHOLE.values()}
 
 
-def test_status_of_something_else_and_of_nobody(capsys):
+def _greet(listener):
+    listener.settimeout(60)
+    link, _ = listener.accept()
+    with link:
+        link.recv(4096)
+        link.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\3\1CURVE" + bytes(48) + b"\n")
+
+
+def test_status_of_something_else_and_of_nobody(capsys, monkeypatch):
     class Other(Metrics):
         def page(self):
             return b"<html>\n"
@@ -160,7 +168,18 @@ def test_status_of_something_else_and_of_nobody(capsys):
     finally:
         server.close()
     splitfl_here("status", address, "--once", code=7)
-    assert "Nobody answers" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as party_port:  # greets as ZeroMQ does
+        greeter = threading.Thread(target=_greet, args=(party_port,))
+        greeter.start()
+        splitfl_here("status", f"127.0.0.1:{party_port.getsockname()[1]}", "--once", code=9)
+        greeter.join(60)
+    assert "not that of --bind" in capsys.readouterr().err
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server = MetricsServer(Metrics(), "127.0.0.1", 0)
+    try:
+        splitfl_here("status", server.address.removeprefix("http://"), "--once")
+    finally:
+        server.close()
 
 
 def test_status_from_the_state(state, tmp_path):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
+import shutil
+import threading
+import time
 
 import pytest
+from sqlalchemy import select
 
+from model_owner.refusals import Refusal
+from model_owner.state import Database, Keeper
+from model_owner.state.schema import CHARGES
 from model_owner.state.spending import RESERVE_SHARE
 from tests.live.child import child
 from tests.model_owner.state.dies import TOKENS
+from tests.model_owner.state.places import missing_postgres, own_server
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 
@@ -51,3 +61,40 @@ def test_five_hundred_kills(tmp_path):
     assert 0 < begun <= 500 * TOKENS + found["tokens acknowledged"] // RESERVE_SHARE  # one request a kill, and reserves
     assert found["of them reserves that a kill left"] > 0
     print(found)
+
+
+@pytest.mark.long
+def test_a_server_that_crashes_again_and_again():
+    """The owner goes on, waits for it, and what it writes then is there once."""
+    if shutil.which("initdb") is None or missing_postgres():
+        pytest.skip(missing_postgres() or "initdb is not on the PATH")
+    answered, refused, ending = 0, 0, threading.Event()
+    with own_server() as server:
+        keeper = Keeper(Database(server.url, server="owner"))
+
+        async def answer():
+            nonlocal answered, refused
+            while not ending.is_set():
+                keeper.charge("hospital", 10)
+                try:
+                    await keeper.secured("hospital")
+                    answered += 10
+                except Refusal:
+                    refused += 10
+
+        thread = threading.Thread(target=lambda: asyncio.run(answer()))
+        thread.start()
+        chance = random.Random(4)
+        try:
+            for _ in range(6):
+                time.sleep(chance.uniform(0.05, 0.4))  # the point at which it crashes, not a wait for anything
+                server.stop()
+                server.start()
+        finally:
+            ending.set()
+            thread.join(120)
+        keeper.close()
+        with Database(server.url, write=False) as database, database.engine.begin() as db:
+            (row,) = db.execute(select(CHARGES)).all()
+    assert answered > 0
+    assert row.tokens == answered + refused
