@@ -146,7 +146,7 @@ class Account(Protocol):
         """The same of every party that was ever charged; may be asked from any thread."""
 
     def charge(self, party: str, tokens: int) -> None:
-        """Charge tokens; counts at once, returns at once."""
+        """Charge tokens; counts at once, returns at once. Fewer than none gives back."""
 
     async def secured(self, party: str) -> None:
         """Return once everything charged to `party` so far is durable.

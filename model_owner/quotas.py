@@ -186,7 +186,11 @@ class Quotas:
         if charge.tokens:
             self.account.charge(charge.party, charge.tokens)  # counts if the party is given a budget later
             if self.of(charge.party).total_tokens is not None:
-                await self.account.secured(charge.party)
+                try:
+                    await self.account.secured(charge.party)
+                except BaseException:
+                    self.account.charge(charge.party, -charge.tokens)  # its answer does not leave
+                    raise
 
     def cancel(self, charge: Charge) -> None:
         """Give back what a request reserved that gets no answer; nothing if it was settled."""
