@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import threading
 
 import pytest
@@ -14,7 +15,7 @@ from splitfl.bench.message_faults import altered
 from splitfl.bench.served import Served
 from splitfl.privacy.ledger import Ledger
 from tests.chaos.conftest import QUIET, ROUGH, open_road, tune
-from tests.live.child import splitfl_here
+from tests.live.child import child, splitfl_here
 from tests.live.runs import adapter_in
 
 pytestmark = pytest.mark.slow
@@ -130,3 +131,21 @@ def test_a_generation_says_the_same(road, undisturbed, tmp_path):
         assert altered(way.middle.requests()) == []
     assert texts[0] == texts[1]
     assert len(texts[0]) > 5
+
+
+@pytest.mark.long  # a process of a party
+def test_a_killed_party_draws_no_noise_for_what_it_has_sent(road, undisturbed, config, tmp_path):
+    options = ("--protocol", "guarded-online", *NOISE)
+    _, whole_road = undisturbed(*options)
+    broken, run = road(QUIET), tmp_path / "run"
+    words = ["tune", *broken.link, "--config", config, "--out", run, "--ledger", run.with_suffix(".ledger"), *options]
+    with child(["-m", "splitfl", *words], tmp_path) as party:
+        broken.proxy.after(round(0.75 * whole_road.proxy.passed.up), party.process.kill)
+        assert party.wait() == -signal.SIGKILL
+    assert list((run / "outbox").rglob("*.safetensors")), "nothing was kept"
+    sent = len(broken.middle.requests())
+    tune(broken, config, run, *options, "--resume")
+    assert len(broken.middle.requests()) > sent
+    assert forms(broken) == forms(whole_road)
+    assert sorted(booked(run)) == sorted(booked(undisturbed(*options)[0]))
+    assert not (run / "outbox").exists()
