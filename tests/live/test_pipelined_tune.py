@@ -66,6 +66,7 @@ def test_each_row_is_booked_as_often_as_in_the_plain_run(owner, short, plain, tm
     assert set(sends_by_row(plain)) == {"activations", "gradients"}
 
 
+@pytest.mark.long
 def test_a_loss_on_the_whole_batch_is_of_the_whole_batch(owner, short, tmp_path):
     online = ("--protocol", "guarded-online", "--quantise", "none", "--decorrelate", "0.5", "--probe-every", "0")
     whole = tune(owner, short, tmp_path / "whole", *online)
@@ -75,6 +76,7 @@ def test_a_loss_on_the_whole_batch_is_of_the_whole_batch(owner, short, tmp_path)
     assert all(penalties[1])
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_with_the_same_bits_dropout_included(owner, rows, tmp_path):
     config = write_config(tmp_path / "tune.toml", rows, **{**SHORT, "lora_dropout": 0.1})
     more = ("--micro-batches", "2", "--lr-scheduler-type", "constant")

@@ -98,7 +98,7 @@ def test_no_more_is_under_way_than_the_window(kit, trunk, tmp_path, window):
     assert tap.most == window
 
 
-@pytest.mark.parametrize(("word", "number"), [("forward", 2), ("forward", 3), ("backward", 1), ("backward", 3)])
+@pytest.mark.parametrize(("word", "number"), [("forward", 3), ("backward", 2)])
 def test_an_owner_that_starts_again_with_several_steps_in_flight(kit, trunk, calm, tmp_path, word, number):
     """It has forgotten the session, the steps it kept and what was asked; the party asks again, with the same bytes."""
     tap = Tap()
@@ -160,7 +160,7 @@ def test_a_link_that_breaks_with_several_steps_in_flight(kit, trunk, calm, tmp_p
 def test_an_owner_with_room_for_one_step_at_a_time_is_waited_for(kit, trunk, calm, tmp_path):
     """It falls back to the input alone, and says busy where there is no room for that either."""
     costs = Costs(graph=10**9, cache=0)
-    room = 2 * 9 * trunk.plan.width * 4 * 2  # a party may hold 80% of it: one micro-batch and a half
+    room = 3 * 9 * trunk.plan.width * 4 * 2  # a party may hold 80% of it: the largest micro-batch and a half
     with serving(trunk, tmp_path, budget=room, costs=costs) as owner, closing(owner.session()) as session:
         train(kit, session).assert_equals(calm)
         assert owner.server.counters.refusals["busy"]
