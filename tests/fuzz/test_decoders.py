@@ -13,7 +13,7 @@ from tests.fuzz.seeds import CORPUS, of_target
 from tests.fuzz.targets import TARGETS
 
 BY_NAME = {target.name: (number, target) for number, target in enumerate(TARGETS)}
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("name", BY_NAME)
