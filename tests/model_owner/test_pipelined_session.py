@@ -160,7 +160,7 @@ def test_a_link_that_breaks_with_several_steps_in_flight(kit, trunk, calm, tmp_p
 def test_an_owner_with_room_for_one_step_at_a_time_is_waited_for(kit, trunk, calm, tmp_path):
     """It falls back to the input alone, and says busy where there is no room for that either."""
     costs = Costs(graph=10**9, cache=0)
-    room = 3 * 9 * trunk.plan.width * 4 * 2  # a party may hold 80% of it: the largest micro-batch and a half
+    room = 5 * 9 * trunk.plan.width * 4  # of which a party may hold 80%: the largest micro-batch and one more, not all
     with serving(trunk, tmp_path, budget=room, costs=costs) as owner, closing(owner.session()) as session:
         train(kit, session).assert_equals(calm)
         assert owner.server.counters.refusals["busy"]
