@@ -16,8 +16,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from safetensors.numpy import load_file, save_file
-
 from splitfl.bench.chaos_cases import CASES, Case
 from splitfl.bench.chaos_run import (
     PARTY,
@@ -187,11 +185,13 @@ def judged(case: Case, seed: int, came: Outcome, whole: Outcome) -> list[Result]
 
 def _foreign(home: Home, folder: Path) -> Home:
     """The same model with one tensor of its trunk changed by a hundredth, and a kit of its own."""
+    from safetensors.torch import load_file, save_file  # torch only where it is needed: bfloat16
+
     model = folder / "model"
     shutil.copytree(home.model, model)
     tensors = load_file(model / "model.safetensors")
     name = next(name for name in sorted(tensors) if _FOREIGN_LAYER in name and tensors[name].ndim == 2)
-    tensors[name] = tensors[name] * tensors[name].dtype.type(1.01)
+    tensors[name] = tensors[name] * 1.01
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     cut = ["--bottom", str(BOTTOM), "--top", str(TOP), "--no-verify"]
     run_to_end(["splitfl", "kit", str(folder / "kit"), "--model", str(model), *cut], log=folder / "kit.log")
