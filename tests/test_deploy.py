@@ -59,7 +59,8 @@ def dockerfile(name: str) -> dict[str, list[str]]:
     return found
 
 
-MOUNTED = {f"/etc/splitfl/{name}": (DEPLOY / name).read_text(encoding="utf-8") for name in ("serve.toml", "tune.toml")}
+MOUNTED = {f"/etc/splitfl/{path.name}": path.read_text(encoding="utf-8") for path in DEPLOY.glob("*.toml")}
+"""What lies where in a container."""
 
 
 @pytest.mark.parametrize(("name", "kind"), [("owner", ServeSettings), ("party", TuneSettings)])
