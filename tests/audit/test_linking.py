@@ -37,11 +37,13 @@ def test_three_epochs_with_fresh_noise_are_linked(noisy):
     assert recall >= 0.98
 
 
+@pytest.mark.slow
 def test_every_number_is_in_one_group(noisy):
     numbers = [number for group in linked(noisy.sent, noisy.noise) for number in group]
     assert sorted(numbers) == [each.number for each in noisy.sent]
 
 
+@pytest.mark.slow
 def test_the_order_of_the_traffic_is_not_used(noisy):
     """An attacker that grouped by place in the epoch would find nothing in an order of its own."""
     order = torch.randperm(len(noisy.sent), generator=torch.Generator().manual_seed(1)).tolist()

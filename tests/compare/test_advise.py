@@ -256,6 +256,7 @@ def test_the_main_figure_of_each_attack_is_read():
     assert found[1].advantage == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_failures_are_told(tmp_path, monkeypatch):
     path = tmp_path / "grid.toml"
     path.write_text(DATA.replace("minilm", str(tmp_path / "nowhere")) + REST, encoding="utf-8")
