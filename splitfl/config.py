@@ -41,6 +41,7 @@ from splitfl.config_common import (
 from splitfl.config_drafting import Drafting
 from splitfl.config_federation import WHOLE_PROTOCOLS, FederatedTuning
 from splitfl.config_owner import Keeping
+from splitfl.config_placing import Placing
 from splitfl.config_privacy import OFFLINE_PROTOCOL, ProtectionSettings
 from splitfl.config_recording import ServeRecording, TuneRecording
 from splitfl.config_sharing import Sharing
@@ -83,7 +84,7 @@ class KitSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(ServeRecording, Keeping, Sharing):
+class ServeSettings(ServeRecording, Keeping, Sharing, Placing):
     """Host the trunk. Prints `ready ADDRESS FINGERPRINT` on stdout when parties can connect."""
 
     model: Annotated[str, "Model directory.", NOT_EMPTY]
@@ -110,6 +111,7 @@ class ServeSettings(ServeRecording, Keeping, Sharing):
         """Refuse an open channel beyond loopback, and an encrypted one without keys."""
         check_link(self.insecure_loopback, self.bind, {"--key": self.key, "--parties": self.parties})
         self.check_keeping()
+        self.check_placing(workers=self.workers)
         self.check_recording()
 
 

@@ -121,8 +121,14 @@ def load_party_side(
     return model
 
 
-def load_trunk_side(model_dir: Path, plan: Plan, *, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+def load_trunk_side(
+    model_dir: Path, plan: Plan, *, dtype: torch.dtype, device: str = "cpu", placing: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """The trunk alone, frozen and in eval mode, as a base model whose other layers and embeddings are stand-ins.
+
+    Args:
+        device: where to put all of it.
+        placing: in place of `device`, keyword arguments by which `from_pretrained` spreads it over several.
 
     Raises:
         ModelError: the checkpoint lacks tensors of the trunk.
@@ -130,10 +136,11 @@ def load_trunk_side(model_dir: Path, plan: Plan, *, dtype: torch.dtype, device: 
     config = load_config(model_dir)
     # Loaded as the party loads it: the base class alone may build another stack (an encoder in front of the decoder).
     model, missing = _load_pruned(
-        model_class(config, plan.task), model_dir, config, dtype, lambda model: keep_trunk_layers(model, plan)
+        model_class(config, plan.task), model_dir, config, dtype, lambda model: keep_trunk_layers(model, plan), placing
     )
     _refuse_missing(missing, model_dir)
-    return model.base_model.requires_grad_(False).eval().to(device)
+    trunk = model.base_model.requires_grad_(False).eval()
+    return trunk.to(device) if placing is None else trunk
 
 
 def _refuse_missing(missing: set[str], model_dir: Path) -> None:
@@ -151,6 +158,7 @@ def _load_pruned(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     prune: Callable[[PreTrainedModel], None],
+    placing: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """Run `cls.from_pretrained` on a skeleton that `prune` has cut; returns the model and the names left unfilled."""
     checkpoint_files(model_dir)
@@ -173,6 +181,7 @@ def _load_pruned(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are told below, and only a head may be one of them
                 output_loading_info=True,
+                **(placing or {}),
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelError(f"{model_dir} could not be loaded: {error}") from error

@@ -93,7 +93,7 @@ class Card:
     @property
     def records(self) -> int:
         """Most rows that one attack on traffic was held against; on the adapter, where there is no other."""
-        traffic = [each.records for each in self.attacked if each.finds != "scores"]
+        traffic = [each.records for each in self.attacked if each.finds not in ("scores", "bags")]
         return max(traffic or [each.records for each in self.attacked], default=0)
 
     @property

@@ -59,7 +59,7 @@ class Writer:
         for prompt in self.prompts[: order.prompts]:
             ids = torch.tensor([prompt])
             with quiet_library(), torch.no_grad(), counting(self.model) as counted:
-                output = self.model.generate(  # type: ignore[operator]
+                output = self.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                     max_new_tokens=order.new_tokens, min_new_tokens=order.new_tokens, **options,
                 )  # fmt: skip

@@ -172,7 +172,7 @@ ATTACK = Attack(
     least=Knowledge.BASE,
     run=_run,
     weak_point=(
-        "says nothing where an update holds as many different tokens as the adapter's rank, or more (`vacuous` counts "
-        "those tests), after many steps of Adam, and for models with a table of positions beyond the first token"
+        "says nothing where an update holds as many different tokens as the adapter's rank, or more, "
+        "after many steps of Adam, and for models with a table of positions beyond the first token"
     ),
 )
