@@ -46,6 +46,7 @@ _RECENT_S = 0.1  # who decoded so lately is expected to go on
 _WORTH = 0.4  # of the waits have to bring somebody, or only every `_LOOK_AGAIN`th is tried
 MAX_ROWS, MAX_TOKENS = 64, 4096  # of one pass, what was filled up included
 _FILLING = 1.5  # positions of a pass, beside those that were asked for
+_LONG_S = 0.1  # a forward or backward that takes longer alone is full of arithmetic: nothing to gain
 _GAIN = 0.97  # a pass together has to take less than this of the time alone
 _FORGET = 0.15  # weight of a new measurement
 _LOOK_AGAIN, _RARELY = 64, 8192  # passes until what lost is tried again, at first and at most
@@ -99,7 +100,10 @@ class Judge:
     def pays(self, items: Sequence[Pending]) -> bool:
         """Whether these together take less time than one by one, as far as is known; now and then to find out."""
         self.passes += 1
-        if any(_alone_key(item) not in self.alone for item in items) or self.passes % _REFRESH == 0:
+        alone = [self.alone.get(_alone_key(item)) for item in items]
+        if None in alone or self.passes % _REFRESH == 0:
+            return False
+        if items[0].kind != "decode" and any(seconds is not None and seconds > _LONG_S for seconds in alone):
             return False
         found = self.shared.setdefault(_shared_key(items), _Measured())
         if found.ratio is None:

@@ -238,6 +238,13 @@ def test_a_judgement_follows_the_machine():
     assert served(judge, 6.0, 1.0, 1000) < 30
 
 
+def test_what_takes_long_alone_is_not_even_tried():
+    judge = Judge()
+    items = [pending("backward", 8, 128), pending("backward", 8, 128)]
+    judge.took(items[:1], 0.3)
+    assert not any(judge.pays(items) for _ in range(1000))
+
+
 def test_what_is_unknown_alone_is_not_shared_first():
     judge = Judge()
     items = [pending(), pending()]
