@@ -14,6 +14,7 @@ import torch
 from transformers import Cache
 
 from model_owner.memory import Costs, MemoryBudget
+from model_owner.parallel import RankLostError
 from model_owner.refusals import Refusal
 from model_owner.sessions import HeldCache, HeldSession
 from model_owner.trunk import CacheMismatchError, Kept, Trunk
@@ -91,7 +92,15 @@ class Answerer:
         with _refusing_what_does_not_fit():
             if message.keep:
                 return self._forward_kept(held, message, request)
-            return self.outcome(held, message, self.trunk.forward(request, cache))
+            try:
+                output = self.trunk.forward(request, cache)
+            except CacheMismatchError:
+                raise
+            except Exception:
+                if cache is not None:  # some layers may have taken the new positions: it goes on from nothing
+                    cache.layers = self.trunk.new_cache().layers
+                raise
+            return self.outcome(held, message, output)
 
     def backward(self, held: HeldSession, message: Backward, kept: Kept, gradient: torch.Tensor) -> Outcome:
         """Carry a gradient through a kept step. Called on a worker. Whatever it raises, the graph may be used up.
@@ -226,10 +235,20 @@ def _refusing_what_does_not_fit() -> Iterator[None]:
         yield
     except CacheMismatchError as error:
         raise Refusal(error.problem, code="unknown_cache", expected=error.expected, hint=error.hint) from error
+    except RankLostError as error:
+        raise Refusal(error.problem, code="draining", hint="wait for the owner to come back") from error
     except (MemoryError, RuntimeError) as error:  # torch says it in its own class on a GPU, and in words on a CPU
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise _no_room("this request's computation") from error
-        raise
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what others need is not held for the next try
+        raise Refusal(
+            "The owner's device has not enough memory to compute this request.",
+            code="too_large",
+            expected="fewer rows, or shorter ones, in one request",
+            hint="lower --per-device-train-batch-size or --max-length, or split steps with --micro-batches; "
+            "the session goes on",
+        ) from error
 
 
 def _malformed(problem: str, expected: str) -> Refusal:

@@ -80,12 +80,12 @@ def measure(trunk: Trunk, *, caches: bool) -> Costs:
 
 def _graph_bytes_per_token(trunk: Trunk, length: int) -> float:
     """Measure what autograd keeps for one token between forward and backward, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in trunk.base.parameters()}
-    weights |= {b.untyped_storage().data_ptr() for b in trunk.base.buffers()}
+    weights = {_storage(p).data_ptr() for p in trunk.base.parameters()}
+    weights |= {_storage(b).data_ptr() for b in trunk.base.buffers()}
     held: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         if storage.data_ptr() not in weights:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -95,6 +95,12 @@ def _graph_bytes_per_token(trunk: Trunk, length: int) -> float:
     total = sum(held.values())
     del kept
     return total / length
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Where the numbers are; of a tensor that several processes share, this one's part."""
+    local = getattr(tensor, "to_local", None)
+    return (tensor if local is None else local()).untyped_storage()
 
 
 def _cache_bytes_per_token(trunk: Trunk) -> int:

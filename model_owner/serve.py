@@ -18,6 +18,7 @@ from model_owner.batching import Batcher
 from model_owner.handout import Handout, handing_out
 from model_owner.logs import logging_to
 from model_owner.memory import MemoryBudget, measure
+from model_owner.parallel import Ranks, SharedTrunk, check_division, follow, placing, ranks_of_environment
 from model_owner.quotas import FILE_NAME, Quotas
 from model_owner.recording import RecordedSocket, Recorder
 from model_owner.reload import Reload
@@ -29,7 +30,7 @@ from splitfl.config import ServeSettings
 from splitfl.cut import Plan
 from splitfl.errors import ModelError, ResourceError
 from splitfl.kit import DTYPES, open_kit
-from splitfl.load import fingerprint_trunk, load_trunk_side, parameter_count
+from splitfl.load import fingerprint_trunk, load_config, load_trunk_side, parameter_count
 from splitfl.metrics import Result, peak_rss_bytes, write_results
 from splitfl.options import origin_of_settings
 from splitfl.options.values import parse_size
@@ -50,11 +51,34 @@ def serve(settings: ServeSettings) -> None:
         ModelError: the kit was cut from another model.
         KeyFileError, ResourceError, UsageError: as their names say.
     """
-    with logging_to(settings.log_file, level=settings.log_level, form=settings.log_format), watching(settings) as watch:
-        _load_and_serve(settings, watch)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(logging_to(settings.log_file, level=settings.log_level, form=settings.log_format))
+        ranks = _ranks(settings)
+        if ranks is not None and stack.enter_context(ranks).number:
+            _follow(settings, ranks)
+        else:
+            _load_and_serve(settings, stack.enter_context(watching(settings)), ranks)
 
 
-def _load_and_serve(settings: ServeSettings, watch: Watch) -> None:
+def _ranks(settings: ServeSettings) -> Ranks | None:
+    """The processes that share the trunk, if there are several."""
+    if not settings.tensor_parallel:
+        return None
+    ranks = ranks_of_environment(settings.device)
+    check_division(open_kit(settings.kit).plan, load_config(Path(settings.model)), ranks.count)
+    return ranks
+
+
+def _follow(settings: ServeSettings, ranks: Ranks) -> None:
+    """Compute along with the process that serves. It says when to stop: until its sessions are closed it needs this."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    follow(_load(settings, open_kit(settings.kit).plan, ranks), ranks)
+
+
+def _load_and_serve(settings: ServeSettings, watch: Watch, ranks: Ranks | None) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     kit = open_kit(settings.kit)
@@ -62,7 +86,7 @@ def _load_and_serve(settings: ServeSettings, watch: Watch) -> None:
     keys, admission = _security(settings)
     quotas = Quotas(_quota_file(settings), watch.account)
     with handing_out(settings.emulator, kit) as handout:  # first of all: it is quick, and may be the wrong one
-        trunk = _load(settings, plan)
+        trunk = _load(settings, plan, ranks)
         budget = MemoryBudget(parse_size(settings.memory_budget))
         answerer = Answerer(trunk, budget, measure(trunk, caches=plan.task == "causal-lm"))
         asyncio.run(_serve(settings, plan, answerer, keys, admission, handout, watch, quotas))
@@ -104,7 +128,7 @@ def _security(settings: ServeSettings) -> tuple[KeyPair | None, Admission]:
     return load_keys(settings.key), AllowList(settings.parties)
 
 
-def _load(settings: ServeSettings, plan: Plan) -> Trunk:
+def _load(settings: ServeSettings, plan: Plan, ranks: Ranks | None) -> Trunk:
     model_dir = Path(settings.model)
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(
@@ -119,7 +143,11 @@ def _load(settings: ServeSettings, plan: Plan) -> Trunk:
             hint="serve the model that the kit was written from, or write the kit again",
         )
     dtype = DTYPES[plan.dtype if settings.dtype == "auto" else settings.dtype]
-    return Trunk(load_trunk_side(model_dir, plan, dtype=dtype, device=settings.device), plan)
+    if ranks is not None:
+        base = load_trunk_side(model_dir, plan, dtype=dtype, placing=placing(ranks))
+        return Trunk(base, plan) if ranks.number else SharedTrunk(base, plan, ranks)
+    spread = None if settings.device_map is None else {"device_map": settings.device_map}
+    return Trunk(load_trunk_side(model_dir, plan, dtype=dtype, device=settings.device, placing=spread), plan)
 
 
 async def _serve(
@@ -137,7 +165,7 @@ async def _serve(
     )
     await socket.start()
     scheduler = Scheduler(settings.workers, settings.threads, watch.observer)
-    batcher = Batcher(answerer, settings.batching, watch.observer)
+    batcher = Batcher(answerer, "off" if settings.tensor_parallel else settings.batching, watch.observer)
     server = Server(socket, plan, answerer, scheduler, admission, limits, handout, watch.observer, quotas,
                     batcher)  # fmt: skip
     watch.attach(server)

@@ -116,7 +116,7 @@ class Trunk:
             _, kept = self.forward_kept(kept.request, recompute=False)
         assert kept.entry is not None  # noqa: S101
         assert kept.output is not None  # noqa: S101
-        (result,) = torch.autograd.grad(kept.output, kept.entry, gradient.to(self.device, kept.output.dtype))
+        (result,) = torch.autograd.grad(kept.output, kept.entry, gradient.to(kept.output.device, kept.output.dtype))
         return result
 
     def run(self, hidden: torch.Tensor, request: TrunkRequest, cache: Cache | None) -> torch.Tensor:

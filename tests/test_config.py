@@ -132,6 +132,11 @@ BAD_OPTIONS = [
     ("generate --run r", ["neither was given", "exactly one"]),
     ("generate --run r --prompt a --prompt-file b", ["both was given"]),
     ("generate --run r --prompt a --temperature 0.5", ["no effect without --do-sample"]),
+    (
+        "serve --model m --kit k --insecure-loopback --tensor-parallel --device-map auto",
+        ["put on devices whole, or shared out, not both"],
+    ),
+    ("serve --model m --kit k --insecure-loopback --tensor-parallel --workers 2", ["one piece of work at a time"]),
     ("generate --run r --prompt a --draft-tokens 4", ["--draft-tokens has no effect without --draft"]),
     ("generate --run r --prompt a --draft model", ["--draft model and --draft-model DIR need each other"]),
     ("generate --run r --prompt a --draft ends --draft-model d", ["need each other"]),

@@ -214,8 +214,35 @@ def test_running_out_of_memory_is_a_refusal(trunk, costs, hidden, monkeypatch):
     def exhaust(*args, **kwargs):
         return torch.empty(2**60, dtype=torch.float32)  # the real allocator's own words
 
-    monkeypatch.setattr(trunk, "_run", exhaust)
+    monkeypatch.setattr(trunk, "run", exhaust)
     for fields in ({}, {"keep": True}, {"cache": 1}):
-        refused("busy", forward, answerer, held, hidden, **fields)
+        refused("too_large", forward, answerer, held, hidden, **fields)
         held.drop_cache(1)  # as the server does
         assert answerer.budget.used == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_batch_that_the_device_cannot_hold_is_too_large_and_the_next_one_is_served(trunk, costs, hidden, error):
+    """A real layer of the trunk runs out of memory, half way through; nothing of the attempt stays."""
+    answerer = answerer_with(trunk, costs)
+    held, layers = session_of(answerer), trunk.base.get_submodule(trunk.plan.stack)
+    expected = tensor_in(forward(answerer, held, hidden))
+    forward(answerer, held, hidden, step=2, cache=4)
+
+    def fail(*_):
+        raise error
+
+    hook = layers[trunk.plan.trunk_layers.stop - 1].register_forward_pre_hook(fail)
+    try:
+        used = answerer.budget.used
+        for fields in ({}, {"keep": True}, {"cache": 4, "past": hidden.shape[1]}):
+            said = refused("too_large", forward, answerer, held, hidden[:, :1], step=3, **fields)
+            assert "memory" in said.problem
+            assert "--per-device-train-batch-size" in said.hint
+        assert answerer.budget.used - used <= hidden[:, :1].numel() * costs.cache  # what the longer cache had reserved
+    finally:
+        hook.remove()
+    assert torch.equal(tensor_in(forward(answerer, held, hidden, step=4)), expected)
+    # Some layers had taken the position and some not: the party fills the cache again instead of going on from that.
+    refused("unknown_cache", forward, answerer, held, hidden[:, :1], step=5, cache=4, past=hidden.shape[1])
+    assert torch.equal(tensor_in(forward(answerer, held, hidden, step=6, cache=4)), expected)
