@@ -88,7 +88,9 @@ class Kept:
             save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
             label_names=["labels"], dataloader_pin_memory=False, logging_strategy="no",
         )  # fmt: skip
-        examples = numbered([{"input_ids": ids, "labels": ids} for ids in self.ids.tolist()])
+        examples = numbered(
+            [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in self.ids.tolist()]
+        )
         trainer = SplitTrainer(
             model=self.model, args=arguments, train_dataset=examples, run=RunDirectory(folder), plan=self.kit.plan,
             collator=Collator(SimpleNamespace(pad_token_id=0, eos_token_id=None)), held_out=None, callbacks=[clock],
