@@ -72,6 +72,8 @@ class Turn:
 
     rate: float
     """Tokens a second, of all parties."""
+    per_processor: float
+    """Tokens for each second of the owner's processor time: what other work on the machine changes least."""
     least: float
     """The smallest party's tokens, beside an equal share."""
     latencies: list[float]
@@ -150,6 +152,10 @@ class Ground:
         begin = time.monotonic() + _LEAD_S
         for child, _ in used:
             _tell(child, Go(begin=begin, end=begin + seconds))
+        time.sleep(max(begin - time.monotonic(), 0.0))
+        before = self.owners[side.batching].cpu_seconds()
+        time.sleep(max(begin + seconds - time.monotonic(), 0.0))
+        processor = self.owners[side.batching].cpu_seconds() - before
         found = [msgspec.json.decode(child.line(seconds + 600), type=Loaded) for child, _ in used]
         for child, _ in used:
             child.ask(Leave(), Done)
@@ -161,6 +167,7 @@ class Ground:
         return Turn(
             # A party asks all the time: by what its steps took, not by how many happened to end in time.
             rate=sum(case.tokens * len(latencies) / sum(latencies) for latencies in parties if latencies),
+            per_processor=total * case.tokens / processor if processor else 0.0,
             least=min(steps) * len(steps) / total if total else 0.0,
             latencies=sorted(itertools.chain.from_iterable(parties)),
         )
@@ -216,6 +223,7 @@ def measure(case: Case, ground: Ground, settings: BenchSettings) -> list[Result]
 
     found = [
         figure("total rate", round(ratio * base, 1), "tokens/s", reference=round(base, 1), reach=case.reach),
+        _per_processor(case, pairs),
         figure("step, median", _ms(mine, 0.5), "ms", reference=_ms(theirs, 0.5)),
         figure("step, 99th of 100", _ms(mine, 0.99), "ms", reference=_ms(theirs, 0.99)),
     ]
@@ -225,6 +233,12 @@ def measure(case: Case, ground: Ground, settings: BenchSettings) -> list[Result]
     found.append(figure("memory of the owner", peak, "bytes"))
     found.append(figure("cores busy elsewhere", round(busy, 2), "cores"))
     return found
+
+
+def _per_processor(case: Case, pairs: list[tuple[Turn, Turn]]) -> Result:
+    ours, reference = (statistics.mean(pair[side].per_processor for pair in pairs) for side in (0, 1))
+    return Result(case=case.name, metric="for each processor second of the owner", value=round(ours, 1), unit="tokens",
+                  reference=round(reference, 1))  # fmt: skip
 
 
 def _ms(turns: list[Turn], part: float) -> float | None:

@@ -32,8 +32,8 @@ def test_options_of_another_benchmark_are_refused():
 
 
 def test_percentiles():
-    turns = [Turn(rate=1, least=1, latencies=[n / 1000 for n in range(1, 51)]),
-             Turn(rate=1, least=1, latencies=[n / 1000 for n in range(51, 101)])]  # fmt: skip
+    turns = [Turn(rate=1, per_processor=1, least=1, latencies=[n / 1000 for n in range(1, 51)]),
+             Turn(rate=1, per_processor=1, least=1, latencies=[n / 1000 for n in range(51, 101)])]  # fmt: skip
     assert (_ms(turns, 0.5), _ms(turns, 0.99), _ms([], 0.5)) == (50.0, 99.0, None)
 
 
