@@ -369,14 +369,15 @@ class BenchSettings(OffsiteSettings):
     """Measure speed and size (split), what protection costs (utility), what offsite tuning is worth (offsite), the
     rules of combining adapters (rules), masked and encrypted sums (aggregation), rounds over sockets (rounds),
     the three federated designs (frameworks), attacks on cases whose outcome is known (audit), micro-batches that
-    overlap (pipeline), slow links (link), guesses in generation (generate), runs that are broken on purpose (chaos),
+    overlap (pipeline), slow links (link), guesses in generation (generate), the trunk on one card (gpu), runs that are
+    broken on purpose (chaos),
     an hour of it (soak), or what attackers cost the others (hostile)."""
 
     name: Annotated[
         str,
         typer.Argument(
             help="Which to run: split, utility, offsite, rules, aggregation, rounds, frameworks, audit, pipeline, "
-            "link, generate, serving, chaos, soak or hostile."
+            "link, generate, gpu, serving, chaos, soak or hostile."
         ),
     ]
     models: Annotated[tuple[str, ...], "Model size to measure. May be repeated.", NOT_EMPTY] = ("S", "M", "L")

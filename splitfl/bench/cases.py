@@ -137,6 +137,7 @@ STEP, BYTES, PARTY_MEMORY, RATE = "step time", "bytes a step", "peak memory of t
 PIPELINED, OWN = "pipelined step time", "pipelined step, beside the slower side's own work"
 OPTIMUM, BESIDE_PLAIN, GRADFREE = "rate beside the optimum", "rate beside the plain step", "rate with kept replies"
 DRAFTED = "rate beside one token a pass"
+BARE = "owner beside a bare loop"
 SLOW_LINK_MS = 80.0  # round trips for which a gain over the plain step is aimed at
 STEP_MEMORY = "memory of a step, party"
 BUSY = "cores busy elsewhere"
@@ -151,6 +152,7 @@ REACHES: dict[str, Reach] = {
     OPTIMUM: Reach(bound=0.85, at_least=True),
     BESIDE_PLAIN: Reach(bound=2.0, at_least=True),  # at the slowest round trip
     GRADFREE: Reach(bound=0.95, at_least=True),
+    BARE: Reach(bound=0.85, at_least=True),  # on a card
     DRAFTED: Reach(bound=2.5, at_least=True),  # guesses of an emulator, at the slowest round trip
 }
 

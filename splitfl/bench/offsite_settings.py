@@ -8,6 +8,7 @@ from typing import Annotated
 from splitfl.bench.chaos_settings import ChaosSettings
 from splitfl.bench.frameworks_settings import FrameworksSettings
 from splitfl.bench.generate_settings import GenerateBenchSettings
+from splitfl.bench.gpu_settings import GpuSettings
 from splitfl.bench.pipeline_settings import PipelineSettings
 from splitfl.bench.rules_settings import RulesSettings
 from splitfl.bench.serving_settings import ServingSettings
@@ -31,17 +32,19 @@ BENCHMARKS = (
     *_STEPS,
     "serving",
     "generate",
+    "gpu",
 )
 _SHARED = {
     "name": BENCHMARKS, "json": BENCHMARKS, "resume": (*_RUNS, "chaos", "serving"),
     "cache": ("split", "offsite", *_STEPS, "generate"),
     "tasks": ("utility", "offsite", "rules"), "seeds": ("utility", "offsite", "rules", "chaos", "soak"),
     "max_steps": ("utility", "offsite"), **dict.fromkeys(("rounds", "local_steps"), ("rules", "frameworks")),
-    "quick": tuple(name for name in BENCHMARKS[1:] if name != "soak"),
-    "steps": ("split", "aggregation", "rounds", *_STEPS),
-    "minutes": ("soak",), "runs": ("chaos",), **dict.fromkeys(("models", "shapes", "threads"), ("split", "pipeline")),
-    "dtype": ("split", *_STEPS), "micro_batches": _STEPS, "mbit": ("link",), "rtt": ("link", "generate"),
-    "new_tokens": ("split", "generate"), "guesses": ("generate",),
+    "quick": tuple(name for name in BENCHMARKS[1:] if name not in ("soak", "gpu")),
+    "steps": ("split", "aggregation", "rounds", *_STEPS, "gpu"),
+    "minutes": ("soak",), "runs": ("chaos",), **dict.fromkeys(("models", "shapes"), ("split", "pipeline")),
+    "threads": ("split", "pipeline", "gpu"),
+    "dtype": ("split", *_STEPS, "gpu"), "micro_batches": _STEPS, "mbit": ("link",), "rtt": ("link", "generate"),
+    "new_tokens": ("split", "generate", "gpu"), "device": ("offsite", "gpu"), "guesses": ("generate",),
     **dict.fromkeys(("keep", "distil_steps"), ("offsite", "generate")),
 }  # fmt: skip
 
@@ -55,6 +58,7 @@ class OffsiteSettings(
     PipelineSettings,
     ServingSettings,
     GenerateBenchSettings,
+    GpuSettings,
 ):
     """Which models and emulators the five ways are compared with."""
 
@@ -86,6 +90,7 @@ def benchmarks_of(option: str) -> tuple[str, ...]:
     own = (
         (ChaosSettings, "hostile"),
         (ServingSettings, "serving"),
+        (GpuSettings, "gpu"),
         (PipelineSettings, "link"),
         (UtilitySettings, "utility"),
         (RulesSettings, "rules"),
