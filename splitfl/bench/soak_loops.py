@@ -24,7 +24,7 @@ from splitfl.errors import SplitflError
 
 CYCLE, NEW_TOKENS = 40, 12
 RUN_STEPS, SAVE_STEPS = 12, 3
-ANSWER_S, RUN_S = 400.0, 400.0
+ANSWER_S, RUN_S = 400.0, 1200.0
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Score:
         """Note something that must not happen."""
         self.lost += 1
         self.problems.append(problem)
+        print(problem, file=sys.stderr, flush=True)
 
 
 class Loop(threading.Thread):
