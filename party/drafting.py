@@ -29,11 +29,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from party.model import check_device, resolve_dtype
-from party.offline import find_emulator
 from party.opening import say
 from party.remote import RemoteTrunk
 from splitfl.config import TuneSettings
-from splitfl.emulator import check_belongs, open_emulator
+from splitfl.emulator import Emulator, check_belongs, open_emulator
 from splitfl.errors import ModelError, UsageError
 from splitfl.kit import DTYPES, Kit
 from splitfl.load import load_config, parameter_count, quiet_library
@@ -81,17 +80,17 @@ def counting(model: nn.Module) -> Iterator[Passes]:
 
 
 def open_draft(
-    how: str, settings: TuneSettings, kit: Kit, model: PreTrainedModel, *, directory: Path | None, run: Path
+    how: str, settings: TuneSettings, kit: Kit, model: PreTrainedModel, *, directory: Path | None, emulator: Path
 ) -> PreTrainedModel:
     """The model that guesses, frozen, with the weights of bottom and top that `model` has in memory already.
 
     Args:
         how: ``emulator``, ``ends`` or ``model``.
-        settings: of the run, with an emulator where one was named.
+        settings: of the run.
         kit: the run's.
         model: the party's model, before an adapter is put on it.
         directory: of the draft model, for ``model``.
-        run: the run directory, in which an emulator may lie.
+        emulator: directory of one, for ``emulator``.
 
     Raises:
         UsageError: another vocabulary.
@@ -102,7 +101,7 @@ def open_draft(
         assert directory is not None  # noqa: S101  the settings saw to it
         draft = _other_model(directory, kit, dtype)
     elif how == "emulator":
-        draft = _emulator(settings, kit, run).load(kit, dtype)
+        draft = _emulator(kit, emulator).load(kit, dtype)
     else:
         draft = kit.load(dtype)
     if how != "model":
@@ -116,15 +115,13 @@ def open_draft(
     return draft
 
 
-def _emulator(settings: TuneSettings, kit: Kit, run: Path) -> Any:
-    if settings.emulator is not None:
-        return find_emulator(settings, kit)
-    if not (run / OWN_EMULATOR).is_dir():
+def _emulator(kit: Kit, folder: Path) -> Emulator:
+    if not folder.is_dir():
         raise ModelError(
-            f"--draft emulator needs an emulator, and {run / OWN_EMULATOR} is none.",
+            f"--draft emulator needs an emulator, and {folder} is none.",
             hint="name one with --emulator, fetch one with `splitfl fetch`, or use --draft ends",
         )
-    emulator = open_emulator(run / OWN_EMULATOR)
+    emulator = open_emulator(folder)
     check_belongs(emulator.plan, kit)
     return emulator
 

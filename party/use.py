@@ -16,7 +16,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from party.bookkeeping import DataSet, run_name
-from party.drafting import counting, drafting, open_draft
+from party.drafting import OWN_EMULATOR, counting, drafting, open_draft
 from party.evaluate import evaluate
 from party.model import open_model
 from party.offline import WITH_EMULATOR, emulated_model, find_emulator, untracked
@@ -62,6 +62,8 @@ def open_run(settings: EvaluateSettings | GenerateSettings, *, adapter: bool = T
         for name in ("kit", "emulator", "owner", "owner_key", "key", "timeout", "device", "threads")
         if getattr(settings, name) is not None
     }
+    if isinstance(settings, GenerateSettings) and settings.draft is not None:
+        overrides.pop("emulator", None)  # it guesses, beside the owner's trunk
     tuned = dataclasses.replace(run.settings(), **overrides)
     if tuned.threads:
         torch.set_num_threads(tuned.threads)
@@ -117,7 +119,14 @@ def _draft(
     """What guesses tokens, with the run's adapter if it has the layers for one."""
     if not isinstance(settings, GenerateSettings) or settings.draft is None:
         return None
-    draft = open_draft(settings.draft, run, kit, base, directory=settings.draft_model, run=settings.run)
+    draft = open_draft(
+        settings.draft,
+        run,
+        kit,
+        base,
+        directory=settings.draft_model,
+        emulator=settings.emulator or settings.run / OWN_EMULATOR,
+    )
     if settings.draft == "model":
         return draft
     tuned: PreTrainedModel = adapted(draft).get_base_model()
