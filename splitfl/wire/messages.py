@@ -38,7 +38,7 @@ REFUSAL_CODES: dict[str, str] = {
     "out_of_order": "this message is not allowed now",
     "not_disclosed": "the session's protocol does not list this message or tensor",
     "malformed": "the frames do not decode, or their sizes do not agree with the header",
-    "too_large": "the request is beyond the limits of the session",
+    "too_large": "the request is beyond the limits of the session, or the memory of the owner's device",
     "unknown_step": "this step is not held here (any more)",
     "unknown_cache": "this cache is not held here (any more)",
     "unknown_piece": "no emulator, or no such part of one, is handed out here",
