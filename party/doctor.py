@@ -83,7 +83,7 @@ def _packages() -> Iterator[Finding]:
             else:
                 yield name, True, f"not installed; belongs to the extra: pip install 'splitfl[{extra[1]}]'"
             continue
-        wanted = requirement.split(";")[0].removeprefix(name).strip()
+        wanted = re.sub(r"^\[[^\]]*\]", "", requirement.split(";")[0].removeprefix(name)).strip()  # psycopg[binary]>=3
         well = _in_range(version, wanted)
         yield name, well, version if well else f"{version}, but {wanted} is needed"
 

@@ -73,12 +73,12 @@ def test_other_weights_in_the_trunk_are_found(family, tmp_path):
 
 def test_a_trunk_that_sees_no_mask_is_found(tmp_path, monkeypatch):
     model_dir, kit, trunk = cut_model("llama", tmp_path)
-    run = trunk._run
+    run = trunk.run
 
     def run_unmasked(hidden, request, cache):
         return run(hidden, dataclasses.replace(request, mask=None), cache)
 
-    monkeypatch.setattr(trunk, "_run", run_unmasked)
+    monkeypatch.setattr(trunk, "run", run_unmasked)
     with pytest.raises(ModelError, match="do not equal the whole"):
         check_cut(model_dir, kit, trunk)
 
