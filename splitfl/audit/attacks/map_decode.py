@@ -36,9 +36,9 @@ MISFIT = 2.0
 CLEAR = 0.7
 """Share of the next one's distance at which the nearest token stands out: behind a tuned bottom distances differ from
 place to place, but the right token is nearer than all others."""
-FAR = 6.0
-"""Times the usual distance, beyond which nothing stands out: the nearest of a few wrong tokens may be far from the
-next one too."""
+FAR = 25.0, 0.2
+"""Times the usual distance, and distance in any case, beyond which nothing stands out: the nearest of a few wrong
+tokens may be far from the next one too."""
 CLOSE = 0.02
 """Usual relative distance up to which a whole row is taken as read when each of its positions fits."""
 _MARGIN = 20.0
@@ -224,7 +224,9 @@ class _Reading:
         distance, clear = _nearest_two((states - target[:, None]).norm(dim=-1))
         distance = distance / target.norm(dim=-1)
         for size in sorted({min(64, likely.shape[1]), min(work.whole, likely.shape[1])}):
-            settled = (distance <= max(EXACT, MISFIT * work.usual)) | (clear & (distance <= FAR * work.usual))
+            settled = (distance <= max(EXACT, MISFIT * work.usual)) | (
+                clear & (distance <= max(FAR[0] * work.usual, FAR[1]))
+            )
             misfits = (~settled).nonzero()[:, 0]
             for index in misfits.split(1 if size > 64 else 32) if len(misfits) else ():
                 few = self.stepper.only(index)
