@@ -21,6 +21,8 @@ from tests.families import ENCODERS, VOCAB, make_config, save_model
 from tests.live.models import whole_model
 from tests.shallow import without_layers
 
+pytestmark = pytest.mark.slow  # a second a test: together too long for every save
+
 KEPT = (2, 4)
 OPTIONS = DistilOptions(
     max_steps=12, learning_rate=3e-3, batch_size=4, eval_steps=4, save_steps=4, logging_steps=2, seed=1

@@ -22,6 +22,8 @@ from splitfl.load import parameter_count
 from tests.live.models import make_kit, save_tiny, sentences, tokenizer_of, whole_model, write_jsonl
 from tests.shallow import without_layers
 
+pytestmark = pytest.mark.slow  # a second a test: together too long for every save
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -29,6 +29,8 @@ from tests.live.child import splitfl_here
 from tests.live.models import answer_rows, make_kit, save_tiny, sentences, whole_model, write_jsonl
 from tests.live.runs import loss_row_by_row
 
+pytestmark = pytest.mark.slow  # a second a test: together too long for every save
+
 
 class Tokens:
     """What a collator asks of a tokenizer."""

@@ -28,6 +28,8 @@ from tests.live.child import splitfl_here
 from tests.live.models import answer_rows, make_kit, save_tiny, sentences, tokenizer_of, whole_model, write_jsonl
 from tests.live.owner import serve
 
+pytestmark = pytest.mark.slow  # a second a test: together too long for every save
+
 KINDS = {
     "llama": ("llama", {}),
     "llama, all": ("llama", {"target_modules": ["all-linear"], "use_rslora": True}),

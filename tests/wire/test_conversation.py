@@ -3,6 +3,7 @@
 from collections import deque
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -220,4 +221,5 @@ class Conversation(RuleBasedStateMachine):
 
 
 TestConversation = Conversation.TestCase
+TestConversation.pytestmark = [pytest.mark.slow]  # half a minute
 TestConversation.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
