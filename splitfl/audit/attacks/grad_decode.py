@@ -264,7 +264,7 @@ def _attack(name: str, title: str, run: Callable[[View], Guesses], weak_point: s
         "needs": _TEXT,
         "finds": "answers",
         "source": "audit-attacks.md, gradients",
-        "rows": 24,
+        "rows": 48,
     } | more
     return Attack(name=name, title=title, run=run, weak_point=weak_point, least=Knowledge.BASE, **told)  # type: ignore[arg-type]
 
