@@ -234,6 +234,16 @@ def _collator(opened: TunedModel, longest: int) -> Collator:
     )
 
 
+def _check_room(prompt: int, settings: GenerateSettings, limit: int | None) -> None:
+    """Whether a prompt of so many tokens and what is asked for fit the model's positions."""
+    if limit and prompt + settings.max_new_tokens > limit:
+        raise UsageError(
+            f"The prompt has {prompt} tokens; with --max-new-tokens {settings.max_new_tokens} that is beyond the "
+            f"model's {limit} positions.",
+            hint="shorten the prompt or lower --max-new-tokens",
+        )
+
+
 def generate_from_run(settings: GenerateSettings) -> None:
     """Continue a prompt with a run's model; the text goes to stdout."""
     prompt = _prompt(settings)
@@ -249,13 +259,7 @@ def generate_from_run(settings: GenerateSettings) -> None:
                 ids = ids[:-1]
         if not ids:
             raise UsageError("The prompt holds no token.", expected="some text")
-        limit = opened.kit.plan.max_length
-        if limit and len(ids) + settings.max_new_tokens > limit:
-            raise UsageError(
-                f"The prompt has {len(ids)} tokens; with --max-new-tokens {settings.max_new_tokens} that is beyond the "
-                f"model's {limit} positions.",
-                hint="shorten the prompt or lower --max-new-tokens",
-            )
+        _check_room(len(ids), settings, opened.kit.plan.max_length)
         streams = settings.stream and settings.num_beams == 1 and sys.stdout.isatty()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
         set_seed(settings.seed)

@@ -6,8 +6,8 @@ can be found than counts. What is drawn at random from the vocabulary, as many t
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -85,12 +85,17 @@ def _negative(site: Site, guesses: Guesses, tokens: torch.Tensor) -> Control | N
     found = score(guesses, _truth(site, drawn), "bags", seed=site.ground.seed).get("bag F1")
     if found is None:
         return None
-    mine = score(guesses, _truth(site, tokens), "bags", seed=site.ground.seed)["bag F1"]
+    chance = _by_chance([len(bag) for bag in guesses.bags.values()], len(drawn), len(others))
     return Control(
         name="negative", attack=ATTACK.name, knowledge=Knowledge.BASE.short,
-        expected="tokens that no row holds are not found", found=dataclasses.replace(found),
-        works=found.low <= max(NOT_MORE, mine.value),
+        expected=f"tokens that no row holds: not more than as many drawn blindly would hit, {chance:.3f}", found=found,
+        works=found.low <= chance + NOT_MORE,
     )  # fmt: skip
+
+
+def _by_chance(sizes: Sequence[int], wanted: int, vocabulary: int) -> float:
+    """F1 that bags of these sizes get against `wanted` tokens, if their tokens are drawn blindly."""
+    return max((2 * size * wanted / vocabulary / (size + wanted) for size in sizes if size), default=0.0)
 
 
 EXAMINATION = Examination(

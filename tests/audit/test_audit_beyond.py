@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from party.audit_beyond import examinations
 from party.audit_beyond.learnt import _shared
+from party.audit_beyond.updates import _by_chance
 from splitfl.audit import canaries
 from splitfl.audit.examined import Examined, Fact, examined_results, find_examined
 from splitfl.audit.intervals import Estimate
@@ -178,3 +180,12 @@ def test_what_rows_share_is_their_prefix_and_one_token_is_left():
     assert _shared([[1, 2, 3], [1, 2, 4, 5]]) == 2
     assert _shared([[1, 2], [1, 2, 9]]) == 1
     assert _shared([[7], [7]]) == 0
+
+
+def test_the_bound_of_the_negative_control_is_what_blind_draws_hit():
+    draw = torch.Generator().manual_seed(0)
+    wanted = set(torch.randperm(1000, generator=draw)[:100].tolist())
+    bags = [torch.randperm(1000, generator=draw)[:200].tolist() for _ in range(200)]
+    found = sum(2 * len(wanted & set(bag)) / 300 for bag in bags) / len(bags)
+    assert _by_chance([200], 100, 1000) == pytest.approx(found, rel=0.05)
+    assert _by_chance([], 100, 1000) == 0

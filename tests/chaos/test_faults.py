@@ -173,7 +173,7 @@ def test_a_link_that_is_cut_during_handshakes_is_no_owner_with_another_key(home,
 def test_a_session_opens_and_closes_whatever_is_lost_or_repeated(home, owner, rates):
     """Hello, welcome, goodbye: a session that stays behind would keep one of the party's four places for a minute."""
     with open_road(home, owner, rates, 8) as road:
-        for _ in range(4):
+        for _ in range(6):  # two more than there are places
             open_session(
                 open_kit(home.kit).plan, road.proxy.address, owner_key=home.keys / "relay.key",
                 key=home.keys / f"{PARTY}.key_secret", timeout_s=PATIENCE_S,
