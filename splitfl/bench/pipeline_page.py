@@ -7,16 +7,15 @@ standard output, or in the place of what stands between the two marks of the pag
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from splitfl.bench.cases import REACHES, verdict
+from splitfl.bench.marked import put_between, read_bench
 from splitfl.bench.table import amount, by_case, remarks
-from splitfl.errors import DataError, SplitflError
-from splitfl.files import replace_text
+from splitfl.errors import SplitflError
 from splitfl.metrics import Result
 from splitfl.report import NO_VALUE, as_size
 
@@ -31,32 +30,13 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A ``--json`` file of one of the two benchmarks.
-
-    Raises:
-        DataError: it cannot be read, or is of another command.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = (record["command"], record["settings"]["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a file of figures ({type(error).__name__}).") from error
-    if found not in (("bench", "pipeline"), ("bench", "link")):
-        raise DataError(f"{path} holds other figures.", expected="a file of `splitfl bench pipeline` or `link`")
-    return dict(record)
+    """A ``--json`` file of one of the two benchmarks; see `splitfl.bench.marked.read_bench`."""
+    return read_bench(path, ("pipeline", "link"))
 
 
 def put_into(page: Path, text: str) -> None:
-    """Replace what stands between the marks of `page`.
-
-    Raises:
-        DataError: the page has no such marks.
-    """
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise DataError(f"{page} has no place for figures.", expected=f"the lines {BEGIN} and {END}")
-    replace_text(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    """Replace what stands between the marks of `page`."""
+    put_between(page, BEGIN, text, END)
 
 
 def _one(record: Mapping[str, Any]) -> str:
